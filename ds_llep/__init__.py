@@ -1,0 +1,14 @@
+"""Load balancing for expert-parallel Mixture-of-Experts training with DeepSpeed.
+
+``import ds_llep`` makes DeepSpeed engines read an ``"llep"`` section in their JSON; without that
+section the import changes nothing. See README.md for the section and how to use it.
+"""
+
+from ds_llep.activate import register, status
+from ds_llep.config import LLEPConfig
+from ds_llep.plan import Plan, Spill, make_plan
+
+__version__ = "0.1.0"
+__all__ = ["LLEPConfig", "Plan", "Spill", "make_plan", "register", "status"]
+
+register()

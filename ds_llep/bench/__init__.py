@@ -1,0 +1,1 @@
+"""Benchmarks, one module each: `python -m ds_llep.bench.NAME --help`."""

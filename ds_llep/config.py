@@ -1,0 +1,115 @@
+"""The ``"llep"`` section of a DeepSpeed JSON.
+
+Every key is typed and bounded here, once, and read nowhere else by name. A mistake is a
+``ValueError`` that says which key, what was given and what is valid: a run that silently trains
+without balancing because of a misspelt key costs more than one that stops.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import ConfigDict, Field, ValidationError
+
+SECTION = "llep"
+_INVALID = "invalid DeepSpeed config: "
+
+
+class _StrictModel(DeepSpeedConfigModel):
+    """Strict types, no unknown keys, frozen, and errors a user can act on.
+
+    ``DeepSpeedConfigModel`` drops values equal to ``"auto"`` unless it is told to be strict, which
+    would turn a mistake into the default; here ``"auto"`` is a value like any other.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, validate_assignment=False)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(strict=True, **data)
+        except ValidationError as error:
+            raise ValueError(_explain(type(self), error)) from None
+
+
+class MonitorConfig(_StrictModel):
+    """The ``"monitor"`` sub-section: statistics through DeepSpeed's monitor."""
+
+    enabled: bool = False
+    """Write load ratios and spill sizes to the monitors that the DeepSpeed JSON enables."""
+
+    interval: int = Field(default=10, ge=1)
+    """Optimizer steps between two writes; at least 1."""
+
+
+class LLEPConfig(_StrictModel):
+    """The ``"llep"`` section. Keys are explained in README.md, bounds are enforced here.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or a value out of bounds, with the valid values.
+    """
+
+    enabled: bool = False
+    """Balance the expert-parallel MoE layers of this engine."""
+
+    planner: Literal["lla"] = "lla"
+    """``"lla"``: Least-Loaded Assignment, Algorithms 2-3 of arXiv 2601.17111."""
+
+    imbalance_threshold: float = Field(default=1.3, ge=1.0, allow_inf_nan=False)
+    """lambda: standard EP while max/mean of the home loads is below it; 1 always plans."""
+
+    capacity_factor: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
+    """alpha: rows that a rank may take, relative to the mean over the EP group."""
+
+    min_tokens_per_gemm: int = Field(default=1024, ge=0)
+    """m: fewest tokens of one expert worth sending to a helper."""
+
+    weight_source: Literal["auto", "owner", "shards"] = "auto"
+    """Who sends a spilled expert's weights: its home rank, or under ZeRO-3 the shards' holders."""
+
+    backward_weights: Literal["refetch", "keep"] = "refetch"
+    """Fetch foreign weights again in backward, or keep them in memory since forward."""
+
+    max_foreign_experts: int | None = Field(default=None, ge=0)
+    """Most foreign experts that a rank holds at once in a layer; null: as many as planned."""
+
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Triton kernels, their plain-PyTorch twins, or whichever fits the device."""
+
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    """See :class:`MonitorConfig`."""
+
+    @classmethod
+    def from_ds_config(cls, ds_config: dict[str, Any]) -> LLEPConfig:
+        """Read the section from a whole DeepSpeed config; absent means all defaults, disabled.
+
+        Raises:
+            ValueError: the section is no JSON object, or one of its keys is wrong.
+        """
+        section = ds_config.get(SECTION, {})
+        if not isinstance(section, dict):
+            raise ValueError(
+                f'"{SECTION}" must be a JSON object such as {{"enabled": true}}, got {section!r}'
+            )
+        return cls(**section)
+
+
+def _explain(model: type[DeepSpeedConfigModel], error: ValidationError) -> str:
+    """One line per mistake: key, value given, what is valid, and the likely fix."""
+    prefix = f"{SECTION}.monitor." if model is MonitorConfig else f"{SECTION}."
+    lines = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, model.model_fields, n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else ""
+            lines.append(
+                f'unknown key "{prefix}{key}"; valid keys: {", ".join(model.model_fields)}{hint}'
+            )
+        elif detail["type"] == "value_error":  # a section below this one has explained itself
+            lines.append(str(detail["ctx"]["error"]).removeprefix(_INVALID))
+        else:
+            valid = detail["msg"][0].lower() + detail["msg"][1:]
+            lines.append(f'"{prefix}{key}": {valid}, got {detail["input"]!r}')
+    return _INVALID + "; ".join(lines)

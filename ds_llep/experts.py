@@ -1,0 +1,228 @@
+"""The experts of a rank: a gated MLP for each home and each foreign expert, differentiable as one.
+
+One autograd function covers both kinds, so that the graph has the same nodes on every rank whatever
+the plan says. It keeps the *parameters* for backward, not views of their gathered weights: under
+ZeRO-3 the gathered weights are then free between forward and backward, and ZeRO's own pre-backward
+hook gathers them again. Foreign weights are likewise fetched again unless the config keeps them.
+
+Order of work, chosen so that transfers hide behind home GEMMs:
+
+    forward:   start fetch | home experts | wait | foreign experts
+    backward:  start fetch | home input gradients | wait | foreign experts | start return
+               | home weight gradients | wait | add
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.moe.ep_experts import GroupedExperts, get_expert_activation
+
+from ds_llep.fetch import BundleLayout, Traffic, add_returned, fetch_weights, return_gradients
+from ds_llep.kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
+from ds_llep.kernels.select import KernelSet
+
+
+class LLEPGroupedExperts(GroupedExperts):
+    """AutoEP's grouped experts, same parameters, that also compute foreign experts."""
+
+    def forward(
+        self, rows_ND: torch.Tensor, *, job: ExpertJob, rows_per_slot: list[int]
+    ) -> torch.Tensor:
+        """Apply each slot's expert to its rows.
+
+        Args:
+            rows_ND: ``[N, D]``, grouped by slot: home experts, then foreign ones.
+            job: the rest of what the layer knows. By keyword, since ZeRO-3's hooks look for
+                tensors in positional arguments.
+            rows_per_slot: rows of each slot; their sum is N.
+        """
+        home_counts = rows_per_slot[: self.num_experts]
+        foreign_counts = rows_per_slot[self.num_experts :]
+        activation = Activation(
+            self.activation, self.activation_alpha, self.activation_limit, job.kernels
+        )
+        return _ExpertMLP.apply(
+            rows_ND, self.w1, self.w2, self.w3, job, activation, home_counts, foreign_counts
+        )
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """What the experts need beside rows and weights."""
+
+    traffic: Traffic
+    group: dist.ProcessGroup | None
+    keep_foreign: bool
+    """Keep foreign weights between forward and backward instead of fetching them again."""
+    kernels: KernelSet
+
+
+@dataclass(frozen=True)
+class Activation:
+    """``act(gate, up)`` and its backward, for every form that AutoEP registers."""
+
+    name: str
+    alpha: float
+    limit: float
+    kernels: KernelSet
+
+    def forward(self, gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
+        """``[N, F]`` from two ``[N, F]``."""
+        if self.name == "swiglu":
+            return self.kernels.swiglu_forward(gate_NF, up_NF)
+        return get_expert_activation(self.name).fn(gate_NF, up_NF, self.alpha, self.limit)
+
+    def backward(
+        self, grad_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of gate and up, and the activation once more: it is cheaper than saving it."""
+        if self.name == "swiglu":
+            return self.kernels.swiglu_backward(grad_NF, gate_NF, up_NF)
+        with torch.enable_grad():
+            gate_NF, up_NF = gate_NF.detach().requires_grad_(), up_NF.detach().requires_grad_()
+            act_NF = self.forward(gate_NF, up_NF)
+        grad_gate, grad_up = torch.autograd.grad(act_NF, (gate_NF, up_NF), grad_NF)
+        return grad_gate, grad_up, act_NF.detach()
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_ND, w1, w2, w3, job, activation, home_counts, foreign_counts):
+        with _no_autocast(rows_ND):
+            home = _in_dtype_of(rows_ND, w1, w2, w3)
+            layout = BundleLayout.of(home)
+            transfer = fetch_weights(home, job.traffic, rows_ND, job.group, keep=job.keep_foreign)
+            home_rows, foreign_rows = rows_ND.split([sum(home_counts), sum(foreign_counts)])
+            out_home, *hidden_home = _mlp_forward(home_rows, home, home_counts, activation)
+            bundles = transfer.wait()
+            out_foreign, *hidden_foreign = _mlp_forward(
+                foreign_rows, layout.views(bundles), foreign_counts, activation
+            )
+        # The same number of tensors on every rank: activation checkpointing counts them.
+        ctx.save_for_backward(
+            rows_ND,
+            *(w1, w2, w3),
+            *hidden_home,
+            *hidden_foreign,
+            bundles if job.keep_foreign else None,
+        )
+        ctx.settings = (job, activation, home_counts, foreign_counts)
+        return torch.cat((out_home, out_foreign)) if foreign_counts else out_home
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        rows_ND, w1, w2, w3, gate_home, up_home, gate_foreign, up_foreign, bundles = (
+            ctx.saved_tensors
+        )
+        job, activation, home_counts, foreign_counts = ctx.settings
+        need_rows, *need_weights = ctx.needs_input_grad[:4]
+        with _no_autocast(rows_ND):
+            home = _in_dtype_of(rows_ND, w1, w2, w3)
+            layout = BundleLayout.of(home)
+            if bundles is None:
+                transfer = fetch_weights(home, job.traffic, rows_ND, job.group, keep=False)
+            spans = [sum(home_counts), sum(foreign_counts)]
+            home_rows, foreign_rows = rows_ND.split(spans)
+            home_grad, foreign_grad = grad_ND.contiguous().split(spans)
+
+            home_step = _hidden_backward(
+                home_grad, gate_home, up_home, home, home_counts, activation, need_rows
+            )
+            if bundles is None:
+                bundles = transfer.wait()
+            foreign_step = _hidden_backward(
+                foreign_grad,
+                gate_foreign,
+                up_foreign,
+                layout.views(bundles),
+                foreign_counts,
+                activation,
+                need_rows,
+            )
+            grad_rows = None
+            if need_rows:
+                grad_rows = home_step.grad_rows
+                if foreign_counts:
+                    grad_rows = torch.cat((grad_rows, foreign_step.grad_rows))
+
+            if not any(need_weights):
+                return grad_rows, *[None] * 7
+            foreign_gradients = _weight_gradients(
+                foreign_step, foreign_grad, foreign_rows, foreign_counts
+            )
+            transfer = return_gradients(foreign_gradients, job.traffic, job.group)
+            gradients = _weight_gradients(home_step, home_grad, home_rows, home_counts)
+            add_returned(gradients, transfer.wait(), job.traffic)
+        grad_weights = [
+            gradient.to(weight.dtype) if needed else None
+            for gradient, weight, needed in zip(gradients, (w1, w2, w3), need_weights, strict=True)
+        ]
+        return grad_rows, *grad_weights, *[None] * 4
+
+
+@dataclass(frozen=True)
+class _HiddenBackward:
+    """Gradients of the hidden layer, from which the weights' gradients follow."""
+
+    grad_gate: torch.Tensor
+    grad_up: torch.Tensor
+    act: torch.Tensor
+    grad_rows: torch.Tensor | None
+
+
+def _mlp_forward(
+    rows_ND: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    counts: Sequence[int],
+    activation: Activation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``w2(act(w1 x, w3 x))`` for each group of rows: output, gate and up."""
+    w1, w2, w3 = weights
+    gate_NF = grouped_gemm(rows_ND, w1, counts)
+    up_NF = grouped_gemm(rows_ND, w3, counts)
+    out_ND = grouped_gemm(activation.forward(gate_NF, up_NF), w2, counts)
+    return out_ND, gate_NF, up_NF
+
+
+def _hidden_backward(
+    grad_ND: torch.Tensor,
+    gate_NF: torch.Tensor,
+    up_NF: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    counts: Sequence[int],
+    activation: Activation,
+    need_rows: bool,
+) -> _HiddenBackward:
+    w1, w2, w3 = weights
+    grad_act = grouped_gemm(grad_ND, w2, counts, transpose=False)
+    grad_gate, grad_up, act_NF = activation.backward(grad_act, gate_NF, up_NF)
+    grad_rows = None
+    if need_rows:
+        grad_rows = grouped_gemm(grad_gate, w1, counts, transpose=False)
+        grad_rows += grouped_gemm(grad_up, w3, counts, transpose=False)
+    return _HiddenBackward(grad_gate, grad_up, act_NF, grad_rows)
+
+
+def _weight_gradients(
+    step: _HiddenBackward, grad_ND: torch.Tensor, rows_ND: torch.Tensor, counts: Sequence[int]
+) -> list[torch.Tensor]:
+    """Gradients of w1, w2, w3, each ``[G, ., .]``."""
+    return [
+        grouped_gemm_weight_gradient(step.grad_gate, rows_ND, counts),
+        grouped_gemm_weight_gradient(grad_ND, step.act, counts),
+        grouped_gemm_weight_gradient(step.grad_up, rows_ND, counts),
+    ]
+
+
+def _in_dtype_of(rows: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+    # AutoEP computes in the dtype of the rows; a no-op unless autocast keeps wider parameters.
+    return [weight.detach().to(rows.dtype) for weight in weights]
+
+
+def _no_autocast(rows: torch.Tensor) -> torch.autocast:
+    # Dtypes are settled before the experts; autocast would recast inside the GEMMs.
+    return torch.autocast(rows.device.type, enabled=False)

@@ -1,0 +1,249 @@
+"""Which rank computes which tokens of which expert: the plan of one layer and one micro-batch.
+
+Every rank of the expert-parallel group calls `make_plan` with the same counts and derives the same
+plan from them, so no plan is ever sent. That works because nothing but those integers and the
+config enters it. The price is that every rank repeats the work: the planning loop runs on Python
+ints, which beat small numpy arrays, and numpy is left to the edges.
+
+Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank. The home
+rank of expert e is `e // M`; a helper is a rank that computes some of e's tokens away from home.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """`tokens` (> 0) tokens of `expert`, computed on rank `helper` instead of rank `home`."""
+
+    expert: int
+    home: int
+    helper: int
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The assignment of every token copy to a computing rank. Arrays are read-only copies.
+
+    The tokens of expert e, concatenated over the source ranks in rank order (those of one source
+    in token order), are cut into one run per computing rank, in rank order, of lengths
+    `tokens_EP[e]`. That fixes which tokens go where; `send_EP` and `recv_PE` are read off it.
+    """
+
+    counts_PE: np.ndarray
+    """int64 [P, E]: row p is rank p's own tokens per expert, before dispatch."""
+    tokens_EP: np.ndarray
+    """int64 [E, P]: tokens of expert e computed on rank p."""
+    spills: tuple[Spill, ...]
+    """One entry per (expert, helper) that computes tokens, ordered by expert, then helper."""
+    rank_load_P: np.ndarray
+    """int64 [P]: tokens computed on rank p."""
+    bypassed: bool
+    """True where nothing was planned, as the load ratio is under the threshold (or no tokens)."""
+    capped_tokens: int = 0
+    """Tokens above capacity, at home only because `max_foreign_experts` left no rank to help."""
+
+    def __post_init__(self):
+        for name in ("counts_PE", "tokens_EP", "rank_load_P"):
+            array = np.array(getattr(self, name), dtype=np.int64)
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.counts_PE.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts_PE.shape[1]
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.num_experts // self.num_ranks
+
+    @property
+    def home_load_P(self) -> np.ndarray:
+        """int64 [P]: tokens per rank under standard EP, every expert at home."""
+        return self.counts_PE.sum(0).reshape(self.num_ranks, -1).sum(1)
+
+    @property
+    def load_ratio_before(self) -> float:
+        """Max / mean of `home_load_P`; 1.0 is perfect, and the value where there is no token."""
+        return _load_ratio(self.home_load_P.tolist())
+
+    @property
+    def load_ratio_after(self) -> float:
+        """Max / mean of `rank_load_P`; 1.0 is perfect, and the value where there is no token."""
+        return _load_ratio(self.rank_load_P.tolist())
+
+    def lent_experts(self, rank: int) -> tuple[Spill, ...]:
+        """The spills that leave home `rank`, ordered by helper, then expert."""
+        lent = (spill for spill in self.spills if spill.home == rank)
+        return tuple(sorted(lent, key=lambda spill: (spill.helper, spill.expert)))
+
+    def borrowed_experts(self, rank: int) -> tuple[Spill, ...]:
+        """The spills that helper `rank` computes, ordered by expert (so also by home)."""
+        return tuple(spill for spill in self.spills if spill.helper == rank)
+
+    def foreign_experts(self, rank: int) -> tuple[int, ...]:
+        """Ids of the experts that `rank` computes as a helper, ascending."""
+        return tuple(spill.expert for spill in self.borrowed_experts(rank))
+
+    def slots(self, rank: int) -> tuple[int, ...]:
+        """Expert ids that `rank` computes, in order: home (even without tokens), then foreign."""
+        M = self.experts_per_rank
+        return (*range(rank * M, (rank + 1) * M), *self.foreign_experts(rank))
+
+    def send_EP(self, source: int) -> np.ndarray:
+        """int64 [E, P]: how many of rank `source`'s tokens of expert e go to rank p."""
+        assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
+        first_E1 = self.counts_PE[:source].sum(0)[:, None]
+        last_E1 = first_E1 + self.counts_PE[source][:, None]
+        return _overlap(self.tokens_EP, first_E1, last_E1, axis=1)
+
+    def recv_PE(self, rank: int) -> np.ndarray:
+        """int64 [P, E]: how many tokens of expert e `rank` receives from source rank p.
+
+        `recv_PE(p)[s, e] == send_EP(s)[e, p]`.
+        """
+        assert 0 <= rank < self.num_ranks, f"rank {rank} of {self.num_ranks}"
+        # A rank computes few of the experts; the other columns stay zero.
+        active = np.flatnonzero(self.tokens_EP[:, rank])
+        first = self.tokens_EP[active, :rank].sum(1)
+        last = first + self.tokens_EP[active, rank]
+        recv_PE = np.zeros_like(self.counts_PE)
+        recv_PE[:, active] = _overlap(self.counts_PE[:, active], first, last, axis=0)
+        return recv_PE
+
+
+def make_plan(counts_PE, config) -> Plan:
+    """Plans one layer's micro-batch. Pure: the same arguments give the same plan on every rank.
+
+    Args:
+        counts_PE: int array-like [P, E], row p is rank p's tokens per expert. The assignment
+            depends on its column sums alone; its rows decide which tokens those are.
+        config: has the attributes `planner`, `imbalance_threshold`, `capacity_factor`,
+            `min_tokens_per_gemm` and `max_foreign_experts` (None: no limit), as `LLEPConfig` has.
+
+    Raises:
+        ValueError: counts that are not [P, E] non-negative integers with E a multiple of P, or a
+            planner that does not exist.
+    """
+    if config.planner not in PLANNERS:
+        valid = ", ".join(repr(name) for name in PLANNERS)
+        raise ValueError(f"make_plan: unknown planner {config.planner!r}; valid planners: {valid}")
+    counts_PE = _checked_counts(counts_PE)
+    P, E = counts_PE.shape
+    load_E = counts_PE.sum(0)
+    home_load = load_E.reshape(P, -1).sum(1).tolist()
+
+    # IEEE double arithmetic on equal integers is the same on every rank, so no rank can disagree.
+    bypassed = not any(home_load) or _load_ratio(home_load) < config.imbalance_threshold
+    moved, capped_tokens = {}, 0
+    if not bypassed:
+        moved, capped_tokens = PLANNERS[config.planner](load_E.tolist(), home_load, config)
+
+    M = E // P
+    spills = tuple(Spill(e, e // M, helper, n) for (e, helper), n in sorted(moved.items()))
+    tokens_EP = np.zeros((E, P), dtype=np.int64)
+    tokens_EP[np.arange(E), np.arange(E) // M] = load_E
+    for spill in spills:
+        tokens_EP[spill.expert, spill.home] -= spill.tokens
+        tokens_EP[spill.expert, spill.helper] = spill.tokens
+    return Plan(counts_PE, tokens_EP, spills, tokens_EP.sum(0), bypassed, capped_tokens)
+
+
+def plan_lla(load_E: list[int], home_load_P: list[int], config):
+    """Least-Loaded Assignment (LLEP, arXiv 2601.17111, Algorithms 2 and 3) on integers.
+
+    A rank's effective load is what it was assigned plus its home experts that are not placed yet.
+    Experts are placed by load, largest first. Home takes what fits into its capacity, the rest
+    goes chunk by chunk to the other rank with the least effective load. With `capacity_factor`
+    >= 1 no rank ends above the largest home load.
+
+    Returns:
+        `({(expert, helper): tokens}, capped_tokens)`: what leaves home, one entry per segment.
+    """
+    P, E = len(home_load_P), len(load_E)
+    M = E // P
+    mean = sum(load_E) // P
+    # One double product, truncated: the same IEEE arithmetic, so the same integer on every rank.
+    capacity = max(1, int(config.capacity_factor * mean) if mean else sum(load_E))
+    limit = E if config.max_foreign_experts is None else config.max_foreign_experts
+    foreign_experts_P = [0] * P
+    effective_P = list(home_load_P)
+    capped_P = [0] * P
+    moved: dict[tuple[int, int], int] = {}
+
+    # Stable also when reversed: of equally loaded experts the lower id comes first.
+    for expert in sorted(range(E), key=load_E.__getitem__, reverse=True):
+        home = expert // M
+        # The effective load already counts this expert, so it alone says what does not fit.
+        rest = min(load_E[expert], effective_P[home] - capacity)
+        if rest <= 0:
+            continue
+        effective_P[home] -= rest
+        # A rank that takes a chunk of this expert may take another: that is no new foreign expert.
+        helpers = [p for p in range(P) if foreign_experts_P[p] < limit and p != home]
+        while rest:
+            # The paper sorts the ranks by effective load for every chunk and walks them. The first
+            # has the most room: where it must refuse a chunk every rank must, and then it is also
+            # the one that takes all the rest. min() keeps the lowest of equally loaded ranks.
+            helper = min(helpers, key=effective_P.__getitem__, default=None)
+            if helper is None:
+                break
+            room = capacity - effective_P[helper]
+            if room <= 0 and effective_P[helper] > min(effective_P):
+                # Less loaded ranks are at their limit; this one would become the overloaded one.
+                break
+            chunk = min(rest, room)
+            if chunk < max(1, config.min_tokens_per_gemm):
+                chunk = rest  # it is all that is left, or no rank takes a chunk
+            if (expert, helper) not in moved:
+                foreign_experts_P[helper] += 1
+            moved[expert, helper] = moved.get((expert, helper), 0) + chunk
+            effective_P[helper] += chunk
+            rest -= chunk
+        effective_P[home] += rest
+        # Other experts may still relieve this home of what this one could not: count it once.
+        capped_P[home] = min(capped_P[home] + rest, effective_P[home] - capacity)
+    return moved, sum(capped_P)
+
+
+PLANNERS = {"lla": plan_lla}
+
+
+def _checked_counts(counts_PE) -> np.ndarray:
+    expected = "valid is an int array [P, E], row p = rank p's tokens per expert"
+    counts_PE = np.asarray(counts_PE)
+    if counts_PE.ndim != 2 or counts_PE.size == 0:
+        raise ValueError(f"make_plan: counts_PE has shape {counts_PE.shape}; {expected}")
+    if counts_PE.dtype.kind not in "iu":
+        raise ValueError(f"make_plan: counts_PE has dtype {counts_PE.dtype}; {expected}")
+    counts_PE = counts_PE.astype(np.int64)
+    P, E = counts_PE.shape
+    if counts_PE.min() < 0:
+        p, e = np.argwhere(counts_PE < 0)[0].tolist()
+        raise ValueError(f"make_plan: counts_PE[{p}, {e}] is {counts_PE[p, e]}; valid is >= 0")
+    if E % P:
+        raise ValueError(f"make_plan: {E} experts on {P} ranks; valid is E a multiple of P")
+    return counts_PE
+
+
+def _load_ratio(load_P: list[int]) -> float:
+    # One correctly rounded division of exact integers: a ratio of exactly 1.3 is the double 1.3.
+    return max(load_P) * len(load_P) / sum(load_P) if any(load_P) else 1.0
+
+
+def _overlap(lengths, first, last, axis: int) -> np.ndarray:
+    """Tokens that consecutive runs of `lengths` (along `axis`) share with [`first`, `last`)."""
+    ends = np.minimum(np.maximum(np.cumsum(lengths, axis), first), last)
+    starts = np.empty_like(ends)
+    if axis == 0:
+        starts[0], starts[1:] = first, ends[:-1]
+    else:
+        starts[:, :1], starts[:, 1:] = first, ends[:, :-1]
+    return ends - starts

@@ -1,0 +1,93 @@
+"""Matrix products over groups of rows, one weight matrix for each group.
+
+``torch._grouped_mm`` where it is one kernel (bf16 on Hopper and newer), a loop over the groups
+elsewhere. Row counts are known on the host, so neither needs a device-to-host synchronisation, and
+groups need no padding: no count has to be a multiple of anything, and empty groups are fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+_ALIGNMENT_BYTES = 16
+
+
+def grouped_gemm(
+    rows_ND: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int], transpose: bool = True
+) -> torch.Tensor:
+    """Multiply each group of rows with its own matrix.
+
+    Args:
+        rows_ND: ``[N, D]``, group after group.
+        weights_GFD: ``[G, F, D]``, or ``[G, D, F]`` with ``transpose=False``; the group stride may
+            be anything, each matrix is contiguous.
+        counts: rows of each group; their sum is N.
+        transpose: multiply with the matrices' transposes, as a linear layer does.
+
+    Returns:
+        ``[N, F]``.
+    """
+    matrices = weights_GFD.transpose(1, 2) if transpose else weights_GFD
+    if rows_ND.shape[0] == 0:
+        return rows_ND.new_empty((0, matrices.shape[2]))
+    if _one_kernel(rows_ND, weights_GFD):
+        return torch._grouped_mm(rows_ND, matrices, offs=_offsets(counts, rows_ND.device))
+    out = rows_ND.new_empty((rows_ND.shape[0], matrices.shape[2]))
+    for group, (start, stop) in _spans(counts):
+        torch.mm(rows_ND[start:stop], matrices[group], out=out[start:stop])
+    return out
+
+
+def grouped_gemm_weight_gradient(
+    grad_NF: torch.Tensor, rows_ND: torch.Tensor, counts: Sequence[int]
+) -> torch.Tensor:
+    """The gradient of :func:`grouped_gemm` with respect to its weights.
+
+    Args:
+        grad_NF: ``[N, F]``, gradient of the output.
+        rows_ND: ``[N, D]``, the input rows.
+        counts: rows of each group.
+
+    Returns:
+        ``[G, F, D]``; zero for groups without rows.
+    """
+    shape = (len(counts), grad_NF.shape[1], rows_ND.shape[1])
+    if rows_ND.shape[0] == 0:
+        return rows_ND.new_zeros(shape)
+    if _one_kernel(rows_ND, grad_NF):
+        out = torch._grouped_mm(grad_NF.t(), rows_ND, offs=_offsets(counts, rows_ND.device))
+    else:
+        out = rows_ND.new_empty(shape)
+        for group, (start, stop) in _spans(counts):
+            torch.mm(grad_NF[start:stop].t(), rows_ND[start:stop], out=out[group])
+    empty = [group for group, count in enumerate(counts) if count == 0]
+    if empty:  # neither path writes these
+        out[empty] = 0
+    return out
+
+
+def _one_kernel(*operands: torch.Tensor) -> bool:
+    return all(
+        operand.is_cuda
+        and operand.dtype == torch.bfloat16
+        and operand.data_ptr() % _ALIGNMENT_BYTES == 0
+        and operand.shape[-1] * operand.element_size() % _ALIGNMENT_BYTES == 0
+        and operand.stride(0) * operand.element_size() % _ALIGNMENT_BYTES == 0
+        and torch.cuda.get_device_capability(operand.device) >= (9, 0)
+        for operand in operands
+    )
+
+
+def _offsets(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+    return ends.to(device, non_blocking=True)
+
+
+def _spans(counts: Sequence[int]):
+    ends = list(accumulate(counts))
+    for group, (count, end) in enumerate(zip(counts, ends, strict=True)):
+        if count:
+            yield group, (end - count, end)

@@ -1,0 +1,92 @@
+"""Which kernels run: Triton's or their plain-PyTorch twins.
+
+The choice is made once, per device, and handed on as one `KernelSet`. Triton is imported only after
+it was chosen, so that a machine without it works; the price is that a broken Triton is found at
+this call and not at import.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import reference
+
+CHOICES = ("auto", "triton", "torch")
+
+
+class KernelSet(NamedTuple):
+    """The five launchers; `reference.py` documents each, and both sets have the same signatures."""
+
+    name: str
+    """`"triton"` or `"torch"`."""
+    gather_rows: Callable
+    combine_rows: Callable
+    row_dots: Callable
+    swiglu_forward: Callable
+    swiglu_backward: Callable
+
+
+def _torch_kernels() -> KernelSet:
+    return KernelSet("torch", **{name: getattr(reference, name) for name in KernelSet._fields[1:]})
+
+
+def _triton_kernels() -> KernelSet:
+    from . import rows, swiglu
+
+    return KernelSet(
+        name="triton",
+        gather_rows=rows.gather_rows,
+        combine_rows=rows.combine_rows,
+        row_dots=rows.row_dots,
+        swiglu_forward=swiglu.swiglu_forward,
+        swiglu_backward=swiglu.swiglu_backward,
+    )
+
+
+def _compiled() -> bool:
+    """Whether the kernels need a GPU: the environment at their import counts, not today's."""
+    import triton
+
+    from .rows import _gather_rows_kernel
+
+    return isinstance(_gather_rows_kernel, triton.JITFunction)
+
+
+def select_kernels(choice: str, device: torch.device) -> KernelSet:
+    """The kernels for tensors on `device`.
+
+    Args:
+        choice: the config's `llep.kernels`. `"auto"`: Triton on a CUDA (or ROCm) device where it
+            can be imported, else PyTorch; `"triton"`: Triton or an error; `"torch"`: PyTorch.
+        device: where the tensors will be.
+
+    Raises:
+        ValueError: `choice` is none of these; or it is `"triton"` and Triton cannot be imported, or
+            `device` is a CPU and Triton's interpreter is off.
+    """
+    if choice not in CHOICES:
+        raise ValueError(
+            f"llep.kernels is {choice!r}; valid values: {', '.join(map(repr, CHOICES))}. "
+            'Leave it out for "auto".'
+        )
+    device = torch.device(device)
+    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
+        return _torch_kernels()
+    try:
+        import triton  # noqa: F401  (apart from ours, so that a bug in ours is not taken for this)
+    except ImportError as error:
+        if choice == "auto":
+            return _torch_kernels()
+        raise ValueError(
+            f'llep.kernels is "triton", but Triton cannot be imported here ({error}). Install it '
+            '(pip install triton), or set llep.kernels to "auto" or "torch" in the DeepSpeed JSON.'
+        ) from error
+    kernels = _triton_kernels()
+    if device.type == "cpu" and _compiled():
+        raise ValueError(
+            f'llep.kernels is "triton", but the device is "{device}", where Triton runs only in '
+            'its interpreter. Set llep.kernels to "auto" or "torch" in the DeepSpeed JSON, or, to '
+            "test the kernels, set TRITON_INTERPRET=1 in the environment before Python starts."
+        )
+    return kernels

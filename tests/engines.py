@@ -1,0 +1,167 @@
+"""Whole DeepSpeed engines on rank processes, with and without llep, and an fp64 reference.
+
+The reference is the unsharded Hugging Face model in fp64, run by every rank on its own tokens with
+gradients averaged over the world. Routing can be fixed for all of them alike (workloads.py), so
+that rounding cannot send a token elsewhere.
+"""
+
+from __future__ import annotations
+
+import types
+
+import deepspeed
+import deepspeed.comm as dist
+import families
+import torch
+import workloads
+from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import safe_get_full_grad
+from layers import force_routing
+
+SEQ_LEN = 24
+
+
+def ds_config(
+    stage: int,
+    ep_size: int,
+    dtype: str = "fp32",
+    llep: dict | None = None,
+    lr: float = 1e-2,
+    **sections,
+) -> dict:
+    """A DeepSpeed config; ``llep=None`` leaves the section out."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 1_000_000,
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "torch_adam": True, "eps": 1e-4}},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": 10_000,
+        },
+        "expert_parallel": {"enabled": True, "autoep_size": ep_size},
+    }
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    if dtype == "fp16":
+        config[dtype]["initial_scale_power"] = 8
+    if llep is not None:
+        config["llep"] = {
+            "enabled": True,
+            "imbalance_threshold": 1.0,
+            "min_tokens_per_gemm": 1,
+            **llep,
+        }
+    config.update(sections)
+    return config
+
+
+def initialize(model: torch.nn.Module, config: dict):
+    """The engine that ``deepspeed.initialize`` makes, with every parameter trained."""
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def moe_layers(module: torch.nn.Module) -> list[AutoEPMoELayer]:
+    return [layer for layer in module.modules() if isinstance(layer, AutoEPMoELayer)]
+
+
+def enable_checkpointing(model: torch.nn.Module, kind: str) -> None:
+    if kind != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model.train()
+
+
+def batch(model_dtype: torch.dtype, seed: int, tokens: int = SEQ_LEN) -> dict[str, torch.Tensor]:
+    """This rank's input embeddings and labels."""
+    generator = torch.Generator().manual_seed(seed * 1000 + dist.get_rank())
+    hidden, vocab = families.SMALL["hidden_size"], families.SMALL["vocab_size"]
+    embeds = torch.randn((1, tokens, hidden), generator=generator).to(model_dtype)
+    labels = torch.randint(0, vocab, (1, tokens), generator=generator)
+    device = get_accelerator().current_device_name()
+    return {"inputs_embeds": embeds.to(device).requires_grad_(), "labels": labels.to(device)}
+
+
+def routing(workload: str, config, ep_size: int, seed: int) -> list[torch.Tensor]:
+    """One ``[T, K]`` for each layer, for this rank."""
+    return [
+        workloads.expert_ids(
+            workload,
+            SEQ_LEN,
+            config.num_experts_per_tok,
+            config.num_experts,
+            ep_size,
+            layer,
+            seed * 1000 + 10 * layer + dist.get_rank(),
+        ).to(get_accelerator().current_device_name())
+        for layer in range(config.num_hidden_layers)
+    ]
+
+
+def force_hf_routing(model: torch.nn.Module, ids: list[torch.Tensor]) -> None:
+    """:func:`layers.force_routing` for an unsharded Qwen3-MoE."""
+
+    def forward(gate, hidden):
+        logits = torch.nn.functional.linear(hidden, gate.weight)
+        scores = torch.softmax(logits.float(), dim=-1).gather(1, gate.forced_ids)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, scores.to(logits.dtype), gate.forced_ids
+
+    for layer, ids_TK in zip(model.model.layers, ids, strict=True):
+        layer.mlp.gate.forced_ids = ids_TK
+        layer.mlp.gate.forward = types.MethodType(forward, layer.mlp.gate)
+
+
+def engine_gradients(engine, inputs: dict, ids: list[torch.Tensor] | None) -> dict:
+    """Logits, input gradient and every parameter's averaged gradient of one forward, backward."""
+    if ids is not None:
+        for layer, ids_TK in zip(moe_layers(engine.module), ids, strict=True):
+            force_routing(layer, ids_TK)
+    output = engine(**inputs)
+    engine.backward(output.loss)
+    found = {"logits": output.logits.detach(), "input": inputs["inputs_embeds"].grad}
+    for name, parameter in engine.module.named_parameters():
+        gradient = safe_get_full_grad(parameter)
+        found[name] = None if gradient is None else gradient.detach().clone()
+    return found
+
+
+def reference_gradients(model, inputs: dict, ids: list[torch.Tensor] | None, ep_size: int) -> dict:
+    """The same from the unsharded fp64 model, with AutoEP's names and this rank's experts."""
+    if ids is not None:
+        force_hf_routing(model, ids)
+    inputs = {**inputs, "inputs_embeds": inputs["inputs_embeds"].detach().double()}
+    inputs["inputs_embeds"].requires_grad_()
+    output = model(**inputs)
+    output.loss.backward()
+    average_gradients(model)
+    found = {"logits": output.logits.detach(), "input": inputs["inputs_embeds"].grad}
+    for name, parameter in model.named_parameters():
+        found.update(autoep_view(name, parameter.grad, ep_size))
+    return found
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def autoep_view(name: str, tensor: torch.Tensor | None, ep_size: int) -> dict:
+    """An unsharded tensor under AutoEP's name, cut to the experts of this rank."""
+    if tensor is None:
+        return {name: None}
+    if name.endswith("mlp.gate.weight"):
+        return {name.replace("mlp.gate", "mlp.router.gate"): tensor}
+    if ".mlp.experts." not in name:
+        return {name: tensor}
+    per_rank = tensor.shape[0] // ep_size
+    ep_rank = dist.get_rank() % ep_size
+    tensor = tensor[ep_rank * per_rank : (ep_rank + 1) * per_rank]
+    prefix = name[: name.rindex(".")]
+    if name.endswith("down_proj"):
+        return {f"{prefix}.w2": tensor}
+    half = tensor.shape[1] // 2
+    return {f"{prefix}.w1": tensor[:, :half], f"{prefix}.w3": tensor[:, half:]}
