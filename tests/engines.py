@@ -16,7 +16,7 @@ import torch
 import workloads
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from layers import force_routing
 
 SEQ_LEN = 24
@@ -113,11 +113,21 @@ def force_hf_routing(model: torch.nn.Module, ids: list[torch.Tensor]) -> None:
         layer.mlp.gate.forward = types.MethodType(forward, layer.mlp.gate)
 
 
-def engine_gradients(engine, inputs: dict, ids: list[torch.Tensor] | None) -> dict:
+def set_routing(module: torch.nn.Module, ids: list[torch.Tensor]) -> None:
+    """Fix the routing of every AutoEP layer."""
+    for layer, ids_TK in zip(moe_layers(module), ids, strict=True):
+        force_routing(layer, ids_TK)
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    mean = value.detach().double().clone()
+    dist.all_reduce(mean)
+    return mean.item() / dist.get_world_size()
+
+
+def engine_gradients(engine, inputs: dict, ids: list[torch.Tensor]) -> dict:
     """Logits, input gradient and every parameter's averaged gradient of one forward, backward."""
-    if ids is not None:
-        for layer, ids_TK in zip(moe_layers(engine.module), ids, strict=True):
-            force_routing(layer, ids_TK)
+    set_routing(engine.module, ids)
     output = engine(**inputs)
     engine.backward(output.loss)
     found = {"logits": output.logits.detach(), "input": inputs["inputs_embeds"].grad}
@@ -127,10 +137,9 @@ def engine_gradients(engine, inputs: dict, ids: list[torch.Tensor] | None) -> di
     return found
 
 
-def reference_gradients(model, inputs: dict, ids: list[torch.Tensor] | None, ep_size: int) -> dict:
+def reference_gradients(model, inputs: dict, ids: list[torch.Tensor], ep_size: int) -> dict:
     """The same from the unsharded fp64 model, with AutoEP's names and this rank's experts."""
-    if ids is not None:
-        force_hf_routing(model, ids)
+    force_hf_routing(model, ids)
     inputs = {**inputs, "inputs_embeds": inputs["inputs_embeds"].detach().double()}
     inputs["inputs_embeds"].requires_grad_()
     output = model(**inputs)
@@ -165,3 +174,38 @@ def autoep_view(name: str, tensor: torch.Tensor | None, ep_size: int) -> dict:
         return {f"{prefix}.w2": tensor}
     half = tensor.shape[1] // 2
     return {f"{prefix}.w1": tensor[:, :half], f"{prefix}.w3": tensor[:, half:]}
+
+
+def reference_curve(
+    model: torch.nn.Module, ep_size: int, seed: int, steps: int, gas: int, max_norm: float
+) -> tuple[list[float], list[float]]:
+    """Losses by micro-step and gradient norms by step of the fp64 model, with AdamW, clipping."""
+    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = ds_config(0, ep_size)["optimizer"]["params"]
+    optimizer = torch.optim.AdamW(params, lr=settings["lr"], eps=settings["eps"], weight_decay=0.0)
+    model.to(get_accelerator().current_device_name())
+    losses, norms = [], []
+    for micro_step in range(steps * gas):
+        force_hf_routing(model, routing("per_layer", model.config, ep_size, seed + micro_step))
+        loss = model(**batch(torch.float64, seed + micro_step)).loss
+        (loss / gas).backward()
+        losses.append(mean_over_ranks(loss))
+        if (micro_step + 1) % gas == 0:
+            average_gradients(model)
+            norms.append(torch.nn.utils.clip_grad_norm_(params, max_norm).item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, norms
+
+
+def full_state(engine) -> dict[str, torch.Tensor]:
+    """Every fp32 parameter, whole, and this rank's part of the optimizer's state."""
+    state = {}
+    for name, parameter in engine.module.named_parameters():
+        state[name] = safe_get_full_fp32_param(parameter).detach().clone()
+    # Not state_dict(): ZeRO-3 swaps the parameters that it would look its keys up in.
+    for index, values in enumerate(engine.basic_optimizer.state.values()):
+        for key, value in values.items():
+            if torch.is_tensor(value):
+                state[f"optimizer/{index}/{key}"] = value.detach().clone()
+    return state

@@ -5,6 +5,7 @@ The budget is AutoEP's own error against the fp64 reference: twice that, plus 1e
 
 from __future__ import annotations
 
+import deepspeed
 import engines
 import layers
 import pytest
@@ -13,6 +14,9 @@ from families import build
 
 import ds_llep
 
+needs_gpu_for_fp16 = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="DeepSpeed has no fp16 engine on CPU"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,7 +67,7 @@ def gradients(
         (2, 2, 3, "fp32", "none", "one_hot_expert"),
         (2, 2, 3, "bf16", "non_reentrant", "hot_rank"),
         (2, 2, 1, "fp32", "reentrant", "per_layer"),
-        (2, 2, 2, "fp16", "none", "one_hot_expert"),
+        pytest.param(2, 2, 2, "fp16", "none", "one_hot_expert", marks=needs_gpu_for_fp16),
     ],
 )
 def test_gradients(pools, world, ep_size, stage, dtype, checkpointing, workload, seed):
@@ -79,3 +83,217 @@ def test_gradients(pools, world, ep_size, stage, dtype, checkpointing, workload,
         assert (on["ep_size"], on["edp_size"]) == (ep_size, world // ep_size)
         if workload != "balanced":
             assert sum(on["foreign_experts"]) > 0, "nothing was spilled: the test tests nothing"
+
+
+def loss_curve(stage: int, ep_size: int, seed: int, gas: int, steps: int = 20) -> dict:
+    """Losses of AutoEP, ours and the fp64 reference over optimizer steps with clipping."""
+    overrides = {"gradient_clipping": 0.5, "gradient_accumulation_steps": gas}
+    curves = {}
+    for name, section in (("theirs", None), ("ours", {})):
+        model = build("qwen3_moe", seed)
+        engine = engines.initialize(
+            model, engines.ds_config(stage, ep_size, "fp32", section, **overrides)
+        )
+        curves[name] = []
+        for micro_step in range(steps * gas):
+            ids = engines.routing("per_layer", model.config, ep_size, seed + micro_step)
+            engines.set_routing(engine.module, ids)
+            loss = engine(**engines.batch(torch.float32, seed + micro_step)).loss
+            engine.backward(loss)
+            engine.step()
+            curves[name].append(engines.mean_over_ranks(loss))
+        assert engine.global_steps == steps
+        spilled = sum(ds_llep.status(engine).get("spilled_tokens", [])) > 0
+        engine.destroy()
+    curves["reference"], norms = engines.reference_curve(
+        build("qwen3_moe", seed).double(), ep_size, seed, steps, gas, max_norm=0.5
+    )
+    clipped = max(norms) > overrides["gradient_clipping"]
+    return {**curves, "clipped": clipped, "spilled": spilled}
+
+
+@pytest.mark.parametrize("stage, ep_size, gas", [(0, 4, 1), (1, 2, 1), (2, 2, 2), (3, 2, 2)])
+def test_loss_curves(pools, stage, ep_size, gas, seed):
+    result = pools(4).run(loss_curve, stage, ep_size, seed, gas)[0]
+    theirs, ours, reference = (
+        torch.tensor(result[name], dtype=torch.float64) for name in ("theirs", "ours", "reference")
+    )
+    assert result["spilled"] and result["clipped"]
+    assert reference[-4:].mean() < reference[:4].mean(), "the reference does not learn"
+    error_theirs, error_ours = ((curve - reference).norm() for curve in (theirs, ours))
+    assert error_ours <= 2 * error_theirs + 1e-6 * reference.norm(), (error_ours, error_theirs)
+
+
+def modes(stage: int, seed: int) -> dict:
+    """Evaluation, generation and training, in turn, against AutoEP with the same weights."""
+    found = {}
+    for name, section in (("theirs", None), ("ours", {})):
+        model = build("qwen3_moe", seed)
+        engine = engines.initialize(model, engines.ds_config(stage, 2, "fp32", section))
+        inputs = engines.batch(torch.float32, seed)
+        prompt = inputs["labels"][:, :5]
+        engine.eval()
+        with torch.no_grad():
+            evaluated = engine(**inputs).logits
+        with torch.inference_mode():
+            inferred = engine(**inputs).logits
+        generated = engine.module.generate(
+            prompt, max_new_tokens=5, do_sample=False, synced_gpus=True, pad_token_id=0
+        )
+        engine.train()
+        output = engine(**inputs)
+        engine.backward(output.loss)
+        engine.step()
+        with torch.no_grad():
+            after = engine(**inputs).logits
+        status = ds_llep.status(engine)
+        engine.destroy()
+        found[name] = [
+            tensor.detach().clone().cpu()
+            for tensor in (evaluated, inferred, generated, output.logits, after)
+        ]
+    return {**found, "spilled": sum(status["spilled_tokens"])}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_eval_generate_train(pools, stage, seed):
+    for result in pools(4).run(modes, stage, seed):
+        evaluated, inferred, generated, trained, after = result["ours"]
+        assert torch.equal(evaluated, inferred) and torch.equal(evaluated, trained)
+        assert not torch.equal(trained, after), "the step changed nothing"
+        for ours, theirs in zip(result["ours"], result["theirs"], strict=True):
+            assert (ours - theirs).float().norm() <= 1e-5 * theirs.float().norm()
+        assert torch.equal(generated, result["theirs"][2])
+        assert result["spilled"] > 0
+
+
+def resume(stage: int, save_with: bool, directory: str, seed: int) -> dict:
+    """Train, save, load into an engine with llep switched over, compare, train on with both."""
+
+    def start(llep: bool):
+        model = build("qwen3_moe", seed)
+        return engines.initialize(model, engines.ds_config(stage, 2, "fp32", {} if llep else None))
+
+    def train(engine, steps) -> list[float]:
+        losses = []
+        for step in steps:
+            ids = engines.routing("per_layer", engine.module.config, 2, seed + step)
+            engines.set_routing(engine.module, ids)
+            loss = engine(**engines.batch(torch.float32, seed + step)).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(engines.mean_over_ranks(loss))
+        return losses
+
+    saved = start(save_with)
+    train(saved, range(3))
+    saved.save_checkpoint(directory, client_state={"step": 3})
+    before = engines.full_state(saved)
+    loaded = start(not save_with)
+    fresh = engines.full_state(loaded)
+    path, client_state = loaded.load_checkpoint(directory)
+    after = engines.full_state(loaded)
+    result = {
+        "path": path,
+        "step": client_state["step"],
+        "active": [ds_llep.status(engine)["active"] for engine in (saved, loaded)],
+        "different": [name for name in before if not torch.equal(before[name], after[name])],
+        "was_equal": all(torch.equal(before[name], fresh[name]) for name in fresh if "." in name),
+        "compared": sorted(before),
+        "losses": [train(engine, range(3, 6)) for engine in (saved, loaded)],
+    }
+    saved.destroy()
+    loaded.destroy()
+    return result
+
+
+@pytest.mark.parametrize("save_with", [True, False], ids=["saved_on", "saved_off"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_checkpoints_switch_over(pools, stage, save_with, tmp_path, seed):
+    for result in pools(4).run(resume, stage, save_with, str(tmp_path), seed):
+        assert result["path"] and result["step"] == 3
+        assert result["active"] == [save_with, not save_with]
+        assert not result["different"], result["different"]
+        assert not result["was_equal"], "the engine had the saved weights before loading"
+        assert any(name.endswith("/exp_avg_sq") for name in result["compared"])
+        went_on, resumed = result["losses"]
+        assert went_on == pytest.approx(resumed, rel=1e-5)
+
+
+def two_engines(seed: int) -> dict:
+    """A trained model and a frozen reference of it, each with settings of its own."""
+    trained = engines.initialize(
+        build("qwen3_moe", seed), engines.ds_config(3, 2, "fp32", {"backward_weights": "keep"})
+    )
+    frozen_config = engines.ds_config(3, 4, "fp32", {"imbalance_threshold": 1000.0})
+    del frozen_config["optimizer"]
+    frozen_model = build("qwen3_moe", seed).requires_grad_(False)
+    frozen = deepspeed.initialize(model=frozen_model, config=frozen_config)[0]
+    off = engines.initialize(build("qwen3_moe", seed), engines.ds_config(2, 2))
+    frozen.eval()
+    inputs = engines.batch(torch.float32, seed)
+    losses = []
+    for _ in range(2):
+        with torch.no_grad():
+            reference = frozen(**inputs).logits
+        output = trained(**inputs)
+        losses.append((output.loss + 0.1 * (output.logits - reference).square().mean()).item())
+        trained.backward(output.loss)
+        trained.step()
+    with torch.no_grad():
+        unchanged = frozen(**inputs).logits
+    statuses = [ds_llep.status(engine) for engine in (trained, frozen, off)]
+    for engine in (trained, frozen, off):
+        engine.destroy()
+    return {
+        "statuses": statuses,
+        "losses": losses,
+        "unchanged": torch.equal(reference, unchanged),
+    }
+
+
+def test_two_engines(pools, seed):
+    for result in pools(4).run(two_engines, seed):
+        trained, frozen, off = result["statuses"]
+        assert trained["active"] and frozen["active"] and not off["active"]
+        assert (trained["ep_size"], frozen["ep_size"]) == (2, 4)
+        assert frozen["bypassed"] == [True, True] and trained["bypassed"] != [True, True]
+        assert result["losses"][1] < result["losses"][0]
+        assert result["unchanged"]
+
+
+def frozen_parameters(stage: int, freeze: str, seed: int) -> dict:
+    """Gradients where a part of the parameters is frozen, ours and AutoEP's."""
+    found = []
+    for section in (None, {}):
+        model = build("qwen3_moe", seed)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(freeze not in name)
+        engine = engines.initialize(model, engines.ds_config(stage, 2, "fp32", section))
+        ids = engines.routing("hot_rank", model.config, 2, seed)
+        found.append(engines.engine_gradients(engine, engines.batch(torch.float32, seed), ids))
+        trainable = {n: p.requires_grad for n, p in engine.module.named_parameters()}
+        engine.destroy()
+    theirs, ours = found
+    return {
+        "trainable": trainable,
+        "have_gradient": [name for name in ours if ours[name] is not None],
+        "over": [
+            name
+            for name, gradient in theirs.items()
+            if gradient is not None
+            and not (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9
+        ],
+    }
+
+
+# All experts frozen leaves ZeRO-2 with an empty parameter group, which DeepSpeed does not survive.
+@pytest.mark.parametrize(
+    "stage, freeze", [(2, ".down_proj"), (2, ".gate."), (3, ".experts."), (3, ".gate.")]
+)
+def test_frozen_parameters(pools, stage, freeze, seed):
+    for result in pools(4).run(frozen_parameters, stage, freeze, seed):
+        assert not result["over"], result["over"]
+        frozen = {name for name, trainable in result["trainable"].items() if not trainable}
+        assert frozen and len(frozen) < len(result["trainable"])
+        assert not frozen & set(result["have_gradient"])

@@ -1,0 +1,318 @@
+"""What the user gets for each mistake: a clear error on every rank, and never a hang.
+
+Every rank catches what it gets and sends it back. A rank that waits for the others instead fails
+the test by the pool's time limit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import types
+from unittest import mock
+
+import deepspeed.comm as dist
+import engines
+import families
+import layers
+import pytest
+import torch
+import transformers
+from deepspeed.module_inject.layers import set_autotp_mode
+from launcher import launch
+
+import ds_llep
+from ds_llep import activate
+
+TIMEOUT = 60
+
+
+def moe(num_experts: int = 8) -> torch.nn.Module:
+    with mock.patch.dict(families.SMALL, num_experts=num_experts, num_hidden_layers=1):
+        config = transformers.AutoConfig.for_model(
+            "qwen3_moe", **families.SMALL, moe_intermediate_size=48, num_experts_per_tok=2
+        )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def dense() -> torch.nn.Module:
+    config = transformers.AutoConfig.for_model("qwen3", **families.SMALL, intermediate_size=64)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def start_up(build, config: dict, supported: dict | None = None) -> tuple[str, str]:
+    """Type and text of what ``deepspeed.initialize`` raises on this rank.
+
+    Args:
+        build: makes the model.
+        config: the DeepSpeed config.
+        supported: version ranges in the place of some of those known to work.
+    """
+    try:
+        with mock.patch.dict(activate.SUPPORTED, supported or {}):
+            engine = engines.initialize(build(), config)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        set_autotp_mode(training=False)  # deepspeed.initialize sets it, for the whole process
+    engine.destroy()
+    return "nothing", ""
+
+
+def expert_parallel(**options) -> dict:
+    return {"expert_parallel": {"enabled": True, "autoep_size": 2, **options}}
+
+
+# What is wrong: the model, the llep section, the other sections, what the message must say.
+MISTAKES = {
+    "misspelt key": (
+        moe,
+        {"imbalance_treshold": 2.0},
+        {},
+        ['"llep.imbalance_treshold"', 'did you mean "imbalance_threshold"?', "capacity_factor"],
+    ),
+    "unknown key": (moe, {"alpha": 1.0}, {}, ['unknown key "llep.alpha"', "valid keys: enabled"]),
+    "wrong type": (
+        moe,
+        {"min_tokens_per_gemm": "many"},
+        {},
+        ['"llep.min_tokens_per_gemm"', "valid integer", "'many'"],
+    ),
+    "alpha below 1": (moe, {"capacity_factor": 0.5}, {}, ['"llep.capacity_factor"', "0.5"]),
+    "threshold below 1": (
+        moe,
+        {"imbalance_threshold": 0.9},
+        {},
+        ['"llep.imbalance_threshold"', "equal to 1", "0.9"],
+    ),
+    "expert parallelism off": (
+        moe,
+        {},
+        {"expert_parallel": {"enabled": False, "autoep_size": 2}},
+        ['"llep.enabled"', '"expert_parallel": {"enabled": true, "autoep_size": N}'],
+    ),
+    "no expert parallelism": (
+        moe,
+        {},
+        {"expert_parallel": {}},
+        ['"llep.enabled"', '"expert_parallel": {"enabled": true, "autoep_size": N}'],
+    ),
+    "dense model": (
+        dense,
+        {},
+        {},
+        ["no MoE layer", "Qwen3ForCausalLM", '"llep.enabled" to false', "moe_layer_pattern"],
+    ),
+    "AutoTP folding": (
+        moe,
+        {},
+        {"tensor_parallel": {"autotp_size": 2}},
+        ['"llep"', "AutoTP", "autotp_size=2", "Set both to 1"],
+    ),
+    "expert tensor parallelism": (
+        moe,
+        {},
+        expert_parallel(expert_tensor_parallel_size=2),
+        ['"llep"', "expert_tensor_parallel_size=2", "Set both to 1"],
+    ),
+    "deepep": (
+        moe,
+        {},
+        expert_parallel(comm_backend="deepep", comm_max_tokens_per_rank=64),
+        ['"llep"', '"expert_parallel.comm_backend"', '"deepep"', '"comm"'],
+    ),
+    "shards": (
+        moe,
+        {"weight_source": "shards"},
+        {},
+        ['"llep.weight_source": "shards"', "not available yet", '"owner" or "auto"'],
+    ),
+}
+if not torch.cuda.is_available():
+    MISTAKES["Triton on a CPU"] = (
+        moe,
+        {"kernels": "triton"},
+        {},
+        ["llep.kernels", '"triton"', '"cpu"', '"auto" or "torch"'],
+    )
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_start_up(pools, mistake):
+    build, llep, sections, fragments = MISTAKES[mistake]
+    config = engines.ds_config(1, 2, llep=llep, **sections)
+    for kind, text in pools(4).run(start_up, build, config, timeout=TIMEOUT):
+        assert kind == "ValueError", text
+        for fragment in fragments:
+            assert fragment in text
+
+
+def test_unsupported_transformers(pools):
+    installed = importlib.metadata.version("transformers")
+    config = engines.ds_config(1, 2, llep={})
+    supported = {"transformers": ("4.0.0", "4.1.0")}
+    results = pools(4).run(start_up, moe, config, supported, timeout=TIMEOUT)
+    for kind, text in results:
+        assert kind == "ValueError", text
+        assert f"transformers {installed} is not one of the versions known to work" in text
+        assert 'pip install "transformers>=4.0.0,<=4.1.0"' in text
+    # Off, llep has no say in it.
+    config["llep"]["enabled"] = False
+    results = pools(4).run(start_up, moe, config, supported, timeout=TIMEOUT)
+    assert results == [("nothing", "")] * 4
+
+
+def test_unsupported_deepspeed(monkeypatch):
+    """``import ds_llep`` registers, on every rank, so it is there that this is found."""
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: {"deepspeed": "0.20.1"}.get(name, installed)
+    )
+    with pytest.raises(ValueError) as caught:
+        activate.register()
+    text = str(caught.value)
+    assert "0.20.1 is not one of the versions known to work (0.19.8 to 0.19.8)" in text
+    assert 'pip install "deepspeed>=0.19.8,<=0.19.8"' in text
+
+
+def six_experts() -> torch.nn.Module:
+    return moe(num_experts=6)
+
+
+@pytest.mark.parametrize(
+    "build, ep_size, fragments",
+    [
+        (six_experts, 4, ["num_experts=6", "autoep_size=4", "[1, 2, 3, 6]"]),
+        (six_experts, 3, ["autoep_size", "3", "4"]),
+        (moe, 16, ["autoep_size"]),
+    ],
+    ids=["experts not divisible", "world not divisible", "more than the world"],
+)
+def test_errors_of_autoep(pools, build, ep_size, fragments):
+    """What AutoEP says of its own mistakes, llep does not change."""
+    with_llep, without = (engines.ds_config(1, ep_size, llep=llep) for llep in ({}, None))
+    ours = pools(4).run(start_up, build, with_llep, timeout=TIMEOUT)
+    theirs = pools(4).run(start_up, build, without, timeout=TIMEOUT)
+    assert ours == theirs
+    for kind, text in ours:
+        assert kind == "ValueError", text
+        for fragment in fragments:
+            assert fragment in text
+
+
+@pytest.mark.parametrize("what", [object(), None, torch.nn.Linear(1, 1), {}], ids=repr)
+def test_status_of_no_engine(what):
+    with pytest.raises(ValueError) as caught:
+        ds_llep.status(what)
+    assert "deepspeed.initialize" in str(caught.value)
+    assert f"got {type(what).__name__}" in str(caught.value)
+
+
+def break_router(layer, how: str) -> None:
+    """Make a layer's router give what no expert can be found for, in its first token alone."""
+    route = type(layer.router).forward
+
+    def forward(router, x_TD, expert_bias=None):
+        if how == "raises":
+            raise RuntimeError("the router broke")
+        if how == "NaN tokens":
+            x_TD = x_TD.clone()
+            x_TD[0, 0] = float("nan")
+        scores_TK, ids_TK, counts_E = route(router, x_TD, expert_bias)
+        if how in ("inf", "NaN"):
+            scores_TK = scores_TK.clone()
+            scores_TK[0, -1] = float(how)
+        if how in ("-1", "8"):
+            ids_TK = ids_TK.clone()
+            ids_TK[0, -1] = int(how)
+        return scores_TK, ids_TK, counts_E
+
+    layer.router.forward = types.MethodType(forward, layer.router)
+
+
+def one_bad_router(ep_size: int, bad_rank: int, how: str, seed: int) -> dict:
+    """On every rank: the error of a forward with one bad router, then AutoEP's result and ours."""
+    theirs = layers.autoep_layer("qwen3_moe", ep_size, seed, torch.float32)
+    ours = layers.llep_twin(theirs)
+    x, grad, ids = layers.draw(theirs, "one_hot_expert", 24, torch.float32, seed)
+    if dist.get_rank() == bad_rank:
+        break_router(ours, how)
+    try:
+        ours(x)
+        error = ("nothing", "", "")
+    except Exception as raised:
+        error = (type(raised).__name__, str(raised), repr(raised.__cause__))
+    expected, found = (layers.run(layer, x, grad, ids) for layer in (theirs, ours))
+    return {
+        "error": error,
+        "ep_rank": ours.ep_rank,
+        "off": layers.errors(found, expected),
+        "spilled": ours.llep.statistics.last()["spilled_tokens"],
+    }
+
+
+BAD_ROUTERS = {
+    "-1": "expert ids outside [0, 8)",
+    "8": "expert ids outside [0, 8)",
+    "NaN": "scores that are NaN or infinite",
+    "inf": "scores that are NaN or infinite",
+    "NaN tokens": "scores that are NaN or infinite",
+    "raises": "the router raised",
+}
+
+
+@pytest.mark.parametrize("ep_size", [4, 2])
+@pytest.mark.parametrize("how", BAD_ROUTERS)
+def test_one_bad_router(pools, ep_size, how, seed):
+    """All ranks of its EP group raise, other groups go on, and then all compute as if it had not.
+
+    A rank that had left a collective to the others would hang here or compute nonsense.
+    """
+    bad_rank = seed % 4
+    results = pools(4).run(one_bad_router, ep_size, bad_rank, how, seed, timeout=TIMEOUT)
+    for rank, result in enumerate(results):
+        kind, text, cause = result["error"]
+        if rank // ep_size == bad_rank // ep_size:
+            assert kind == "ValueError", text
+            assert "MoE layer 'layer'" in text
+            assert f"{BAD_ROUTERS[how]}" in text
+            assert f"on EP rank(s) [{results[bad_rank]['ep_rank']}]" in text
+            raised_here = how == "raises" and rank == bad_rank
+            assert ("the router broke" in cause) == raised_here, cause
+        else:
+            assert kind == "nothing", text
+        assert result["spilled"][0] > 0, "nothing was spilled: the test tests nothing"
+        assert max(result["off"].values()) < 1e-4, result["off"]
+
+
+SCRIPT = """
+import deepspeed, deepspeed.comm as dist, engines, families, torch
+import ds_llep
+
+deepspeed.init_distributed()
+config = engines.ds_config(stage=3, ep_size=2, llep={})
+engine = engines.initialize(families.build("qwen3_moe", seed=1), config)
+assert ds_llep.status(engine)["active"]
+for step in range(3):
+    if step == 1 and dist.get_rank() == 3:
+        router = engines.moe_layers(engine.module)[1].router
+        router.register_forward_hook(lambda _, inputs, out: (out[0] * float("nan"), *out[1:]))
+    loss = engine(**engines.batch(torch.float32, step)).loss
+    engine.backward(loss)
+    engine.step()
+    print("rank", dist.get_rank(), "did step", step, flush=True)
+"""
+
+
+def test_launched_job_ends(tmp_path):
+    """Under the launcher, one rank's NaN ends the job, with the reason, in bounded time.
+
+    ZeRO-3 and two EP groups: the ranks of the other group wait for the failed ones in ZeRO's
+    gathers, and it takes the launcher to end them.
+    """
+    (tmp_path / "train.py").write_text(SCRIPT)
+    code, out = launch(4, "train.py", cwd=tmp_path, timeout=120)
+    assert code != 0, out[-4000:]
+    assert out.count("did step 0") == 4, out[-4000:]
+    assert "did step 1" not in out
+    assert "ValueError: llep: MoE layer 'model.layers.1.mlp'" in out, out[-4000:]
+    assert "NaN or infinite on EP rank(s) [1]" in out
