@@ -32,7 +32,7 @@ from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
 from ds_llep.monitor import Statistics
 
-SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.17.0")}
+SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.22.2")}
 """First and last version of each package that this plugin was run with."""
 
 SEAMS = (
@@ -162,11 +162,7 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
         )
     weight_source, reason = resolve_weight_source(config)
     select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
-    statistics = Statistics(engine, config.monitor, len(layers))
-    for index, (name, layer) in enumerate(layers.items()):
-        layer.__class__ = LLEPMoELayer
-        layer.experts.__class__ = LLEPGroupedExperts
-        layer.llep = LayerContext(config, name, index, statistics)
+    statistics = adopt(layers, config, engine)
     ep_size = next(iter(layers.values())).ep_size
     activation = Activation(
         config=config,
@@ -184,6 +180,18 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
             f"weight_source={weight_source} ({reason})"
         )
     return activation
+
+
+def adopt(
+    layers: dict[str, AutoEPMoELayer], config: LLEPConfig, engine: DeepSpeedEngine | None = None
+) -> Statistics:
+    """Change the class of AutoEP layers, and of their experts, in place; what they will record."""
+    statistics = Statistics(config.monitor, len(layers), engine)
+    for index, (name, layer) in enumerate(layers.items()):
+        layer.__class__ = LLEPMoELayer
+        layer.experts.__class__ = LLEPGroupedExperts
+        layer.llep = LayerContext(config, name, index, statistics)
+    return statistics
 
 
 def resolve_weight_source(config: LLEPConfig) -> tuple[str, str]:

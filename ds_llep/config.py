@@ -20,15 +20,16 @@ _INVALID = "invalid DeepSpeed config: "
 class _StrictModel(DeepSpeedConfigModel):
     """Strict types, no unknown keys, frozen, and errors a user can act on.
 
-    ``DeepSpeedConfigModel`` drops values equal to ``"auto"`` unless it is told to be strict, which
-    would turn a mistake into the default; here ``"auto"`` is a value like any other.
+    ``DeepSpeedConfigModel`` drops values equal to ``"auto"``, which would turn a mistake into the
+    default; here ``"auto"`` is a value like any other.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, validate_assignment=False)
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         try:
-            super().__init__(strict=True, **data)
+            # Past DeepSpeed's own, whose parameter "strict" would catch a key of that name.
+            super(DeepSpeedConfigModel, self).__init__(**data)
         except ValidationError as error:
             raise ValueError(_explain(type(self), error)) from None
 

@@ -14,10 +14,10 @@ from ds_llep.plan import Plan
 
 
 class Statistics:
-    """The last plan of every layer of one engine."""
+    """The last plan of every layer of one engine; without an engine, nothing is written."""
 
-    def __init__(self, engine: Any, config: MonitorConfig, num_layers: int) -> None:
-        self._engine = weakref.ref(engine)
+    def __init__(self, config: MonitorConfig, num_layers: int, engine: Any = None) -> None:
+        self._engine = (lambda: None) if engine is None else weakref.ref(engine)
         self._config = config
         self._plans: list[Plan | None] = [None] * num_layers
         self._written_step = 0

@@ -3,9 +3,10 @@
     deepspeed --module ds_llep.run train.py --deepspeed --deepspeed_config ds.json
     deepspeed --module ds_llep.run -m package.train ...
 
-The launcher puts ``--local_rank=N`` in front of the script's name. It is handed on to the script
-behind the script's own arguments' place, so that the script sees what it would have seen without
-this runner.
+Importing the package that this module is in registers the plugin, so all that is left to do here
+is to run the script. The launcher puts ``--local_rank=N`` in front of the script's name; it is
+handed on in front of the script's own arguments, where the script would have seen it without this
+runner.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ def main(argv: list[str]) -> None:
     target, *script_args = rest
     if not is_module and not os.path.isfile(target):
         raise ValueError(f"ds_llep.run: no such script: {target!r}. {USAGE}")
-
-    import ds_llep  # noqa: F401, registers the plugin
 
     sys.argv = [target, *launcher_args, *script_args]
     if is_module:

@@ -64,8 +64,8 @@ def grouped_gemm_weight_gradient(
         for group, (start, stop) in _spans(counts):
             torch.mm(grad_NF[start:stop].t(), rows_ND[start:stop], out=out[group])
     empty = [group for group, count in enumerate(counts) if count == 0]
-    if empty:  # neither path writes these
-        out[empty] = 0
+    if empty:  # neither path writes these; an index on the host would wait for the device
+        out.index_fill_(0, torch.tensor(empty).to(out.device, non_blocking=True), 0)
     return out
 
 

@@ -17,7 +17,7 @@ import workloads
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from layers import force_routing
+from layers import fit, force_routing
 
 SEQ_LEN = 24
 
@@ -31,6 +31,7 @@ def ds_config(
     **sections,
 ) -> dict:
     """A DeepSpeed config; ``llep=None`` leaves the section out."""
+    ep_size = fit(ep_size)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -85,6 +86,7 @@ def batch(model_dtype: torch.dtype, seed: int, tokens: int = SEQ_LEN) -> dict[st
 
 def routing(workload: str, config, ep_size: int, seed: int) -> list[torch.Tensor]:
     """One ``[T, K]`` for each layer, for this rank."""
+    ep_size = fit(ep_size)
     return [
         workloads.expert_ids(
             workload,
@@ -166,6 +168,7 @@ def autoep_view(name: str, tensor: torch.Tensor | None, ep_size: int) -> dict:
         return {name.replace("mlp.gate", "mlp.router.gate"): tensor}
     if ".mlp.experts." not in name:
         return {name: tensor}
+    ep_size = fit(ep_size)
     per_rank = tensor.shape[0] // ep_size
     ep_rank = dist.get_rank() % ep_size
     tensor = tensor[ep_rank * per_rank : (ep_rank + 1) * per_rank]

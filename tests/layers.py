@@ -13,16 +13,17 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.utils import groups
 
-from ds_llep.config import LLEPConfig, MonitorConfig
-from ds_llep.experts import LLEPGroupedExperts
-from ds_llep.layer import LayerContext, LLEPMoELayer
-from ds_llep.monitor import Statistics
+from ds_llep.activate import adopt
+from ds_llep.config import LLEPConfig
+from ds_llep.layer import LLEPMoELayer
 
 
-class Engine:
-    """Stands in for the engine that a layer's statistics belong to."""
+def fit(ep_size: int) -> int:
+    """The EP size in a world that may be smaller than the test asks for (see conftest.py)."""
+    return min(ep_size, dist.get_world_size())
 
 
 def autoep_layer(
@@ -32,6 +33,7 @@ def autoep_layer(
 
     Weights are drawn from ``seed`` and rounded to ``dtype``; ``wide`` then computes in fp64.
     """
+    ep_size = fit(ep_size)
     model = families.build(family, seed, dtype)
     if wide:
         model = model.double()
@@ -50,12 +52,8 @@ def llep_twin(layer: AutoEPMoELayer, **settings) -> LLEPMoELayer:
     group, layer.ep_group = layer.ep_group, None
     twin = copy.deepcopy(layer)
     layer.ep_group = twin.ep_group = group
-    twin.__class__ = LLEPMoELayer
-    twin.experts.__class__ = LLEPGroupedExperts
     settings = {"imbalance_threshold": 1.0, "min_tokens_per_gemm": 1, **settings}
-    engine = twin.__dict__["_engine_stand_in"] = Engine()
-    statistics = Statistics(engine, MonitorConfig(), 1)
-    twin.llep = LayerContext(LLEPConfig(enabled=True, **settings), "layer", 0, statistics)
+    adopt({"layer": twin}, LLEPConfig(enabled=True, **settings))
     return twin
 
 
@@ -69,7 +67,7 @@ def force_routing(layer: AutoEPMoELayer, ids_TK: torch.Tensor) -> None:
         top_TK = scores.gather(1, ids_TK)
         if router.route_norm:
             top_TK = top_TK / (top_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        counts_E = torch.bincount(ids_TK.reshape(-1), minlength=router.num_experts).int()
+        counts_E = count_tokens_per_expert(ids_TK, router.num_experts)
         return top_TK * router.route_scale, ids_TK, counts_E
 
     layer.router.forward = types.MethodType(forward, layer.router)

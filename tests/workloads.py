@@ -20,7 +20,8 @@ def expert_ids(
     balanced: uniform. one_hot_expert: every token's first choice is expert 0. hot_rank: all
     choices are experts of EP rank 0, as far as K allows. idle_ranks: only rank 0's experts and the
     very last one get tokens, few of them. empty_rank: one_hot_expert (see tokens_on_rank).
-    per_layer: a hot expert that differs from layer to layer.
+    per_layer: a hot expert that differs from layer to layer. ids_above_256: experts 256 to 259 are
+    hot.
     """
     generator = torch.Generator().manual_seed(seed)
     heat = torch.ones(num_experts)
@@ -35,6 +36,8 @@ def expert_ids(
         heat[:] = 1e-9
         heat[: max(per_rank // 2, 1)] = 1e4
         heat[-1] = 1.0
+    elif name == "ids_above_256":
+        heat[256:260] = 1e4
     elif name != "balanced":
         raise ValueError(f"unknown workload {name!r}; known: {NAMES}")
     if num_tokens == 0:

@@ -1,0 +1,97 @@
+"""The examples through the real launcher, on four CPU ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*command: str, timeout: float = 240) -> str:
+    """Run a script under the deepspeed launcher; its output."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "4"),
+            *("--master_port", str(port), *command),
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    return finished.stdout
+
+
+def final_line(output: str) -> tuple[float, float]:
+    """First and last loss."""
+    return tuple(map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", output).groups()))
+
+
+def test_finetune_save_and_resume(tmp_path):
+    """A run in two halves, on JSONL text, gives the losses of a run in one."""
+    text = tmp_path / "text.jsonl"
+    words = "the quick brown fox jumps over the lazy dog again and again".split()
+    lines = [{"text": " ".join(words[i % 7 :] * 20)} for i in range(60)]
+    text.write_text("\n".join(json.dumps(line) for line in lines))
+    common = (
+        *("examples/finetune.py", "--deepspeed_config", "ds_configs/demo_cpu_zero3_ep2.json"),
+        *("--seq-len", "32", "--micro-batch", "2", "--data", str(text), "--skew", "1"),
+    )
+    first = launch(*common, "--steps", "6", "--save", str(tmp_path / "checkpoint"))
+    assert "BIASES EVERY ROUTER" in first
+    assert "llep: active on 4 MoE layer(s), ep_size=2, edp_size=2" in first
+    second = launch(*common, "--steps", "12", "--resume", str(tmp_path / "checkpoint"))
+    assert "after 6 steps" in second
+    start, middle = final_line(first)
+    resumed, end = final_line(second)
+    assert middle < start and end < middle
+    assert resumed < start - (start - middle) / 2, "the second half began anew"
+    before, after = re.search(r"mean load ratio ([\d.]+) -> ([\d.]+)", second).groups()
+    assert float(after) < float(before)
+
+
+def test_hf_trainer(tmp_path):
+    """HF Trainer through accelerate: the JSON alone switches llep on."""
+    output = launch(
+        *("examples/hf_trainer.py", "--deepspeed_config"),
+        *("ds_configs/hf_trainer_zero3_ep2.json", "--steps", "10", "--seq-len", "64"),
+        *("--output-dir", str(tmp_path)),
+    )
+    start, end = final_line(output)
+    assert end < start
+    assert "llep: active on 4 MoE layer(s)" in output
+    ratios = re.findall(r"layer \d: load ratio ([\d.]+) -> ([\d.]+)", output)
+    assert len(ratios) == 4
+    assert all(float(after) <= float(before) for before, after in ratios)
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "hf_trainer.py"])
+def test_help(script):
+    finished = subprocess.run(
+        [sys.executable, f"examples/{script}", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0 and "--deepspeed_config" in finished.stdout
