@@ -73,7 +73,7 @@ def register() -> None:
     if problems:
         raise ValueError(
             f"ds_llep does not work with deepspeed {deepspeed.__version__}: {'; '.join(problems)}. "
-            f"{_install_hint('deepspeed')}"
+            f"{install_hint('deepspeed')}"
         )
     original = DeepSpeedEngine._configure_expert_parallel
     if hasattr(original, _MARK):
@@ -84,7 +84,10 @@ def register() -> None:
         config = LLEPConfig.from_ds_config(self._config._param_dict)
         if not config.enabled:
             return original(self, model, *args, **kwargs)
+        # What can be known now is refused before AutoEP shards the model.
         check_compatible(self._config)
+        resolve_weight_source(config)
+        select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
         result = original(self, model, *args, **kwargs)
         _ACTIVE[self] = activate(self, model, config)
         return result
@@ -95,7 +98,7 @@ def register() -> None:
 
 def seam_problems() -> list[str]:
     """What is missing or different in the installed DeepSpeed; empty where all is well."""
-    problems = _version_problems("deepspeed")
+    problems = version_problems("deepspeed")
     for owner, name, expected in SEAMS:
         method = getattr(owner, name, None)
         if method is None:
@@ -137,10 +140,10 @@ def check_compatible(ds_config: Any) -> None:
             f"{tp_size}, expert_parallel.expert_tensor_parallel_size="
             f"{expert_parallel.expert_tensor_parallel_size}). Set both to 1."
         )
-    problems = _version_problems("transformers")
+    problems = version_problems("transformers")
     if problems:
         raise ValueError(
-            f'"{SECTION}" cannot be enabled: {problems[0]}. {_install_hint("transformers")}'
+            f'"{SECTION}" cannot be enabled: {problems[0]}. {install_hint("transformers")}'
         )
 
 
@@ -148,8 +151,7 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
     """Change the class of every AutoEP layer of ``model`` in place.
 
     Raises:
-        ValueError: no AutoEP layer in the model, or a setting that its device or ZeRO stage rules
-            out.
+        ValueError: no AutoEP layer in the model.
     """
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)
@@ -161,7 +163,6 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
             'does not know, describe its layers with "expert_parallel.moe_layer_pattern".'
         )
     weight_source, reason = resolve_weight_source(config)
-    select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
     statistics = adopt(layers, config, engine)
     ep_size = next(iter(layers.values())).ep_size
     activation = Activation(
@@ -221,7 +222,7 @@ def status(engine: Any) -> dict[str, Any]:
         ``ep_size``, ``edp_size``, ``planner``, ``weight_source``, ``weight_source_reason``,
         ``kernels``, and one list entry a layer, from this rank's EP group and last micro-batch, of
         ``load_ratio_before``, ``load_ratio_after``, ``bypassed``, ``spilled_tokens``,
-        ``foreign_experts``, ``capped_tokens``.
+        ``foreign_experts`` (of all ranks of the group together), ``capped_tokens``.
 
     Raises:
         ValueError: not a DeepSpeed engine.
@@ -248,7 +249,8 @@ def status(engine: Any) -> dict[str, Any]:
     }
 
 
-def _version_problems(package: str) -> list[str]:
+def version_problems(package: str) -> list[str]:
+    """What is wrong with the installed version of a package; empty if nothing, or if absent."""
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -259,7 +261,8 @@ def _version_problems(package: str) -> list[str]:
     return [f"{package} {installed} is not one of the versions known to work ({first} to {last})"]
 
 
-def _install_hint(package: str) -> str:
+def install_hint(package: str) -> str:
+    """The pip command that gets a supported version."""
     return f'Install one that is: pip install "{package}>={SUPPORTED[package][0]},' + (
         f'<={SUPPORTED[package][1]}"'
     )

@@ -8,8 +8,8 @@ hook gathers them again. Foreign weights are likewise fetched again unless the c
 Order of work, chosen so that transfers hide behind home GEMMs:
 
     forward:   start fetch | home experts | wait | foreign experts
-    backward:  start fetch | home input gradients | wait | foreign experts | start return
-               | home weight gradients | wait | add
+    backward:  start fetch | home experts but for w1, w3 | wait | foreign experts | start return
+               | home gradients of w1, w3 | wait | add
 """
 
 from __future__ import annotations
@@ -115,11 +115,13 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
-        rows_ND, w1, w2, w3, gate_home, up_home, gate_foreign, up_foreign, bundles = (
-            ctx.saved_tensors
-        )
+        rows_ND, w1, w2, w3, *hidden, bundles = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # so that gate and up are freed once they are used
+        hidden_home, hidden_foreign = hidden[:2], hidden[2:]
+        del hidden
         job, activation, home_counts, foreign_counts = ctx.settings
         need_rows, *need_weights = ctx.needs_input_grad[:4]
+        need = (need_rows, any(need_weights))
         with _no_autocast(rows_ND):
             home = _in_dtype_of(rows_ND, w1, w2, w3)
             layout = BundleLayout.of(home)
@@ -130,18 +132,13 @@ class _ExpertMLP(torch.autograd.Function):
             home_grad, foreign_grad = grad_ND.contiguous().split(spans)
 
             home_step = _hidden_backward(
-                home_grad, gate_home, up_home, home, home_counts, activation, need_rows
+                home_grad, hidden_home, home, home_counts, activation, *need
             )
             if bundles is None:
                 bundles = transfer.wait()
+            foreign = layout.views(bundles)
             foreign_step = _hidden_backward(
-                foreign_grad,
-                gate_foreign,
-                up_foreign,
-                layout.views(bundles),
-                foreign_counts,
-                activation,
-                need_rows,
+                foreign_grad, hidden_foreign, foreign, foreign_counts, activation, *need
             )
             grad_rows = None
             if need_rows:
@@ -151,11 +148,9 @@ class _ExpertMLP(torch.autograd.Function):
 
             if not any(need_weights):
                 return grad_rows, *[None] * 7
-            foreign_gradients = _weight_gradients(
-                foreign_step, foreign_grad, foreign_rows, foreign_counts
-            )
+            foreign_gradients = _weight_gradients(foreign_step, foreign_rows, foreign_counts)
             transfer = return_gradients(foreign_gradients, job.traffic, job.group)
-            gradients = _weight_gradients(home_step, home_grad, home_rows, home_counts)
+            gradients = _weight_gradients(home_step, home_rows, home_counts)
             add_returned(gradients, transfer.wait(), job.traffic)
         grad_weights = [
             gradient.to(weight.dtype) if needed else None
@@ -166,11 +161,11 @@ class _ExpertMLP(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _HiddenBackward:
-    """Gradients of the hidden layer, from which the weights' gradients follow."""
+    """Gradients behind the hidden layer; those of w1 and w3 follow from the first two."""
 
     grad_gate: torch.Tensor
     grad_up: torch.Tensor
-    act: torch.Tensor
+    grad_w2: torch.Tensor | None
     grad_rows: torch.Tensor | None
 
 
@@ -190,30 +185,36 @@ def _mlp_forward(
 
 def _hidden_backward(
     grad_ND: torch.Tensor,
-    gate_NF: torch.Tensor,
-    up_NF: torch.Tensor,
+    hidden: list[torch.Tensor],
     weights: Sequence[torch.Tensor],
     counts: Sequence[int],
     activation: Activation,
     need_rows: bool,
+    need_weights: bool,
 ) -> _HiddenBackward:
+    """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up)."""
     w1, w2, w3 = weights
+    gate_NF, up_NF = hidden
+    hidden.clear()
     grad_act = grouped_gemm(grad_ND, w2, counts, transpose=False)
     grad_gate, grad_up, act_NF = activation.backward(grad_act, gate_NF, up_NF)
+    del grad_act, gate_NF, up_NF
+    grad_w2 = grouped_gemm_weight_gradient(grad_ND, act_NF, counts) if need_weights else None
+    del act_NF
     grad_rows = None
     if need_rows:
         grad_rows = grouped_gemm(grad_gate, w1, counts, transpose=False)
         grad_rows += grouped_gemm(grad_up, w3, counts, transpose=False)
-    return _HiddenBackward(grad_gate, grad_up, act_NF, grad_rows)
+    return _HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows)
 
 
 def _weight_gradients(
-    step: _HiddenBackward, grad_ND: torch.Tensor, rows_ND: torch.Tensor, counts: Sequence[int]
+    step: _HiddenBackward, rows_ND: torch.Tensor, counts: Sequence[int]
 ) -> list[torch.Tensor]:
     """Gradients of w1, w2, w3, each ``[G, ., .]``."""
     return [
         grouped_gemm_weight_gradient(step.grad_gate, rows_ND, counts),
-        grouped_gemm_weight_gradient(grad_ND, step.act, counts),
+        step.grad_w2,
         grouped_gemm_weight_gradient(step.grad_up, rows_ND, counts),
     ]
 

@@ -33,7 +33,7 @@ def grouped_gemm(
     matrices = weights_GFD.transpose(1, 2) if transpose else weights_GFD
     if rows_ND.shape[0] == 0:
         return rows_ND.new_empty((0, matrices.shape[2]))
-    if _one_kernel(rows_ND, weights_GFD):
+    if is_one_kernel(rows_ND, weights_GFD):
         return torch._grouped_mm(rows_ND, matrices, offs=_offsets(counts, rows_ND.device))
     out = rows_ND.new_empty((rows_ND.shape[0], matrices.shape[2]))
     for group, (start, stop) in _spans(counts):
@@ -57,7 +57,7 @@ def grouped_gemm_weight_gradient(
     shape = (len(counts), grad_NF.shape[1], rows_ND.shape[1])
     if rows_ND.shape[0] == 0:
         return rows_ND.new_zeros(shape)
-    if _one_kernel(rows_ND, grad_NF):
+    if is_one_kernel(rows_ND, grad_NF):
         out = torch._grouped_mm(grad_NF.t(), rows_ND, offs=_offsets(counts, rows_ND.device))
     else:
         out = rows_ND.new_empty(shape)
@@ -69,7 +69,8 @@ def grouped_gemm_weight_gradient(
     return out
 
 
-def _one_kernel(*operands: torch.Tensor) -> bool:
+def is_one_kernel(*operands: torch.Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` takes these operands as one kernel."""
     return all(
         operand.is_cuda
         and operand.dtype == torch.bfloat16

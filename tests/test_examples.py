@@ -5,41 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launcher import ROOT, launch
 
-ROOT = Path(__file__).parent.parent
 
-
-def launch(*command: str, timeout: float = 240) -> str:
-    """Run a script under the deepspeed launcher; its output."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "4"),
-            *("--master_port", str(port), *command),
-        ],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    assert finished.returncode == 0, finished.stdout[-4000:]
-    return finished.stdout
+def run_example(*command: str) -> str:
+    """Run an example on four CPU ranks; its output."""
+    code, output = launch(4, *command, cwd=ROOT, timeout=300)
+    assert code == 0, output[-4000:]
+    return output
 
 
 def final_line(output: str) -> tuple[float, float]:
@@ -57,10 +34,10 @@ def test_finetune_save_and_resume(tmp_path):
         *("examples/finetune.py", "--deepspeed_config", "ds_configs/demo_cpu_zero3_ep2.json"),
         *("--seq-len", "32", "--micro-batch", "2", "--data", str(text), "--skew", "1"),
     )
-    first = launch(*common, "--steps", "6", "--save", str(tmp_path / "checkpoint"))
+    first = run_example(*common, "--steps", "6", "--save", str(tmp_path / "checkpoint"))
     assert "BIASES EVERY ROUTER" in first
     assert "llep: active on 4 MoE layer(s), ep_size=2, edp_size=2" in first
-    second = launch(*common, "--steps", "12", "--resume", str(tmp_path / "checkpoint"))
+    second = run_example(*common, "--steps", "12", "--resume", str(tmp_path / "checkpoint"))
     assert "after 6 steps" in second
     start, middle = final_line(first)
     resumed, end = final_line(second)
@@ -72,7 +49,7 @@ def test_finetune_save_and_resume(tmp_path):
 
 def test_hf_trainer(tmp_path):
     """HF Trainer through accelerate: the JSON alone switches llep on."""
-    output = launch(
+    output = run_example(
         *("examples/hf_trainer.py", "--deepspeed_config"),
         *("ds_configs/hf_trainer_zero3_ep2.json", "--steps", "10", "--seq-len", "64"),
         *("--output-dir", str(tmp_path)),

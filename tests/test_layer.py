@@ -146,3 +146,25 @@ def test_settings(pools, settings, seed):
         assert results[0]["capped_tokens"][0] > 0
     if settings.get("imbalance_threshold") == 100.0:
         assert results[0]["bypassed"] == [True]
+
+
+def backward_twice(seed: int) -> list[str]:
+    """Parameters whose gradient after two backwards through one graph is not twice the first."""
+    layer = layers.llep_twin(layers.autoep_layer("qwen3_moe", 4, seed, torch.float32))
+    x, grad, ids = layers.draw(layer, "hot_rank", 24, torch.float32, seed)
+    layers.force_routing(layer, ids)
+    y = layer(x.requires_grad_())
+    y.backward(grad, retain_graph=True)
+    first = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    y.backward(grad)
+    return [
+        name
+        for name, parameter in layer.named_parameters()
+        if not torch.equal(parameter.grad, 2 * first[name]) or not first[name].any()
+    ]
+
+
+def test_retained_graph(pools, seed):
+    """Memory is given back early in backward, but not where the graph is kept."""
+    for wrong in pools(4).run(backward_twice, seed):
+        assert not wrong

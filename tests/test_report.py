@@ -21,7 +21,7 @@ PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 OTHER_DEEPSPEED = """
 from importlib import metadata
 installed = metadata.version
-metadata.version = lambda name: "0.20.1" if name == "deepspeed" else installed(name)
+metadata.version = lambda name: "99.1" if name == "deepspeed" else installed(name)
 import runpy
 runpy.run_module("ds_llep.report", run_name="__main__")
 """
@@ -74,10 +74,11 @@ def test_as_a_command(tmp_path):
 
     out, err = bad.communicate(timeout=120)
     assert bad.returncode == 1
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("ValueError: ds_llep does not work with deepspeed")
-    assert "0.20.1 is not one of the versions known to work (0.19.8 to 0.19.8)" in last
-    assert 'pip install "deepspeed>=0.19.8,<=0.19.8"' in last
+    reason = err.strip().splitlines()[-1]
+    first, last = activate.SUPPORTED["deepspeed"]
+    assert reason.startswith("ValueError: ds_llep does not work with deepspeed")
+    assert f"99.1 is not one of the versions known to work ({first} to {last})" in reason
+    assert f'pip install "deepspeed>={first},<={last}"' in reason
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+"""Fine-tune with Hugging Face's Trainer: the DeepSpeed JSON switches everything on.
+
+    deepspeed examples/hf_trainer.py --deepspeed_config ds_configs/hf_trainer_zero3_ep2.json
+
+The Trainer knows nothing of ds_llep. `import ds_llep` registers the plugin, and the Trainer's own
+call of `deepspeed.initialize` finds the "llep" section in the JSON.
+"""
+
+import argparse
+
+import deepspeed
+import deepspeed.comm as dist
+from common import BUILTIN_MODELS, builtin_model, encode_bytes, read_documents, token_blocks
+from deepspeed.accelerator import get_accelerator
+from transformers import Trainer, TrainingArguments
+
+import ds_llep
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a tiny Mixture-of-Experts model with Hugging Face's Trainer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--deepspeed_config", required=True, help="DeepSpeed JSON")
+    add("--model", default="tiny-qwen3-moe", choices=BUILTIN_MODELS)
+    add("--data", default="builtin", help='"builtin", a .txt file, or .jsonl with a "text" field')
+    add("--steps", type=int, default=20)
+    add("--seq-len", type=int, default=128)
+    add("--micro-batch", type=int, default=4)
+    add("--lr", type=float, default=2e-3)
+    add("--seed", type=int, default=0)
+    add("--output-dir", default="checkpoints/hf_trainer")
+    add("--local_rank", type=int, default=-1, help="set by the launcher")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    on_gpu = get_accelerator().device_name() == "cuda"
+    deepspeed.init_distributed()  # on CPU, accelerate leaves this to the script
+    # Before the model: under ZeRO-3 these make transformers partition parameters as it creates
+    # them.
+    training_args = TrainingArguments(
+        output_dir=args.output_dir,
+        deepspeed=args.deepspeed_config,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.micro_batch,
+        learning_rate=args.lr,
+        lr_scheduler_type="constant",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        seed=args.seed,
+    )
+    model = builtin_model(args.model, args.seed)
+    blocks = token_blocks(read_documents(args.data), encode_bytes, args.seq_len, args.seed)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
+    )
+    trainer.train()
+
+    status = ds_llep.status(trainer.model_wrapped)
+    assert status["active"], "the Trainer's engine does not run ds_llep"
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        print("loss, mean of each 5 steps:", *(f"{loss:.3f}" for loss in losses))
+        for layer, (before, after) in enumerate(
+            zip(status["load_ratio_before"], status["load_ratio_after"], strict=True)
+        ):
+            print(f"layer {layer}: load ratio {before:.2f} -> {after:.2f} (last micro-batch)")
+        print(
+            f"{args.steps} steps on {dist.get_world_size()} ranks through HF Trainer: "
+            f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+from setuptools import find_namespace_packages, setup
+
+EXAMPLES = ["transformers>=5.17,<5.23", "accelerate>=1.0", "tqdm"]
+
+setup(
+    name="ds_llep",
+    version="0.1.0",
+    description="Load balancing for expert-parallel Mixture-of-Experts training with DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # kernels/ is installed as ds_llep.kernels through the symlink ds_llep/kernels, and has no
+    # __init__.py: a top-level package of that name would hide the one that transformers imports.
+    packages=find_namespace_packages(include=["ds_llep*"]),
+    install_requires=[
+        "deepspeed==0.19.8",
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<4; platform_system == 'Linux'",
+        "mpi4py>=4,<5",
+        "pydantic>=2.11,<3",
+        "numpy>=1.26",
+        "packaging",
+    ],
+    extras_require={
+        "examples": EXAMPLES,
+        # ruff is kept to one minor version: another one may format differently.
+        "dev": [*EXAMPLES, "pytest>=8", "hypothesis>=6", "ruff>=0.17,<0.18", "build>=1"],
+    },
+)

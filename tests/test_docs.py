@@ -1,0 +1,34 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+from ds_llep import LLEPConfig
+from ds_llep.config import MonitorConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_examples_in_the_documentation():
+    failed, tried = doctest.testfile(str(ROOT / "docs/how-it-works.md"), module_relative=False)
+    assert tried and not failed
+
+
+def test_table_of_config_keys():
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", README, flags=re.MULTILINE))
+    monitor = {f"monitor.{key}": value for key, value in MonitorConfig().model_dump().items()}
+    defaults = {**LLEPConfig().model_dump(exclude={"monitor"}), **monitor}
+    assert {key: json.loads(value) for key, value in rows.items()} == defaults
+
+
+def test_file_tree():
+    """Every Python file of the package and the kernels is in the README's tree."""
+    for path in [*ROOT.glob("ds_llep/*.py"), *ROOT.glob("kernels/*.py")]:
+        assert f"  {path.name}" in README, f"{path.name} is missing from the file tree"
+    for path in ROOT.glob("ds_configs/*.json"):
+        assert f"`ds_configs/{path.name}`" in README
