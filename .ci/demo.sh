@@ -25,4 +25,6 @@ export PYTHONWARNINGS=ignore::FutureWarning
 "$python" -m deepspeed.launcher.runner --log_level warning --num_gpus "$ranks" \
     --master_port "$port" "${command[@]}" | tee "$log" || fail "demo: FAILED, see above"
 result=$(grep -E '^[0-9]+ steps on .* loss ' "$log") || fail "demo: FAILED, no result above"
+read -r first last < <(sed -E 's/.* loss ([0-9.]+) -> ([0-9.]+).*/\1 \2/' <<<"$result")
+awk "BEGIN {exit !($last < $first)}" || fail "demo: FAILED, the loss did not fall: $result"
 echo "make demo: ok: $result"

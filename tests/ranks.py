@@ -106,6 +106,7 @@ class RankPool:
 
 def _rank_main(rank: int, world_size: int, port: int, pipe: Any, path: list[str]) -> None:
     sys.path[:] = path
+    os.environ.pop("TRITON_INTERPRET", None)  # the kernel tests' own; ranks run as users' do
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
