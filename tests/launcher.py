@@ -12,6 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment, with the repository and its tests first on Python's path."""
+    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
+
+
 def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]:
     """Run ``deepspeed --num_gpus RANKS ARGS``; its exit code and all that it and its ranks print.
 
@@ -25,14 +31,7 @@ def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(port), *args]
-    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path),
-    }
+    env = environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     process = subprocess.Popen(
         command,
         cwd=cwd,

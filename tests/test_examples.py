@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
-from launcher import ROOT, launch
+from launcher import ROOT, environment, launch
 
 
 def run_example(*command: str) -> str:
@@ -67,7 +66,7 @@ def test_help(script):
     finished = subprocess.run(
         [sys.executable, f"examples/{script}", "--help"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        env=environment(DS_ACCELERATOR="cpu"),
         capture_output=True,
         text=True,
     )

@@ -151,7 +151,7 @@ def test_settings(pools, settings, seed):
 def backward_twice(seed: int) -> list[str]:
     """Parameters whose gradient after two backwards through one graph is not twice the first."""
     layer = layers.llep_twin(layers.autoep_layer("qwen3_moe", 4, seed, torch.float32))
-    x, grad, ids = layers.draw(layer, "hot_rank", 24, torch.float32, seed)
+    x, grad, ids = layers.draw(layer, "one_hot_expert", 24, torch.float32, seed)
     layers.force_routing(layer, ids)
     y = layer(x.requires_grad_())
     y.backward(grad, retain_graph=True)

@@ -233,8 +233,12 @@ def test_import_from_elsewhere(built, tmp_path):
     (theirs / "kernels").mkdir(parents=True)
     (theirs / "kernels" / "__init__.py").touch()
 
+    # What else the environment puts on the path may be where DeepSpeed is; we must not be there.
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    given = [entry for entry in given if Path(entry).resolve() != ROOT.resolve()]
+
     def start(*path: Path) -> subprocess.Popen:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *given])}
         return subprocess.Popen(
             [sys.executable, "-c", CHECK],
             cwd=elsewhere,

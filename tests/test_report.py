@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -11,12 +10,10 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from launcher import environment
 
 import ds_llep
 from ds_llep import activate, report
-
-ROOT = Path(__file__).parent.parent
-PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 OTHER_DEEPSPEED = """
 from importlib import metadata
@@ -31,7 +28,7 @@ def start(*args: str, cwd: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *args],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": PATH},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
