@@ -44,6 +44,15 @@ SEAMS = (
 )
 """What the plugin relies on in DeepSpeed: class, method, its first arguments."""
 
+OVERRIDDEN = {
+    "combine_impl": "auto",
+    "async_split_plan": False,
+    "gate_up_impl": "separate",
+    "use_grouped_mm": True,
+    "disable_triton_grouped_mm": False,
+}
+"""AutoEP's options about work that llep does itself, and their defaults."""
+
 _MARK = "_ds_llep_wrapped"
 
 
@@ -180,7 +189,20 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
             f"edp_size={activation.edp_size}, planner={config.planner}, "
             f"weight_source={weight_source} ({reason})"
         )
+        overridden = overridden_options(engine._config.expert_parallel_config)
+        if overridden:
+            _say(
+                f"llep: without effect on balanced layers: {', '.join(overridden)} of "
+                '"expert_parallel"; llep dispatches, computes and combines by itself'
+            )
     return activation
+
+
+def overridden_options(expert_parallel: Any) -> list[str]:
+    """Options of the ``"expert_parallel"`` section that were set and that llep makes moot."""
+    return [
+        name for name, default in OVERRIDDEN.items() if getattr(expert_parallel, name) != default
+    ]
 
 
 def adopt(

@@ -18,6 +18,7 @@ import layers
 import pytest
 import torch
 import transformers
+from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.module_inject.layers import set_autotp_mode
 from launcher import launch
 
@@ -193,6 +194,15 @@ def test_errors_of_autoep(pools, mistake):
         assert kind == "ValueError", text
         for fragment in ["autoep_size", str(ep_size), *fragments]:
             assert fragment in text
+
+
+def test_options_without_effect():
+    """AutoEP's options that llep makes moot are named at start-up, the others are not."""
+    assert activate.overridden_options(parse_autoep_config({"enabled": True})) == []
+    options = {"enabled": True, "autoep_size": 2, "route_scale": 2.0}
+    options |= {"combine_impl": "fused_weighted_sum", "use_grouped_mm": False}
+    found = activate.overridden_options(parse_autoep_config(options))
+    assert found == ["combine_impl", "use_grouped_mm"]
 
 
 @pytest.mark.parametrize("what", [object(), None, torch.nn.Linear(1, 1), {}], ids=repr)
