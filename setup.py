@@ -1,6 +1,6 @@
 from setuptools import find_namespace_packages, setup
 
-EXAMPLES = ["transformers>=5.17,<5.23", "accelerate>=1.0", "tqdm"]
+EXAMPLES = ["transformers>=5.17,<5.23", "accelerate>=1.10,<2", "tqdm"]
 
 setup(
     name="ds_llep",
@@ -15,9 +15,9 @@ setup(
         "deepspeed==0.19.8",
         "torch>=2.11,<2.14",
         "triton>=3.6,<4; platform_system == 'Linux'",
-        "mpi4py>=4,<5",
+        "mpi4py>=4.1,<5",
         "pydantic>=2.11,<3",
-        "numpy>=1.26",
+        "numpy>=2.0,<3",
         "packaging",
     ],
     extras_require={
