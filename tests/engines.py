@@ -180,7 +180,13 @@ def autoep_view(name: str, tensor: torch.Tensor | None, ep_size: int) -> dict:
 
 
 def reference_curve(
-    model: torch.nn.Module, ep_size: int, seed: int, steps: int, gas: int, max_norm: float
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    ep_size: int,
+    seed: int,
+    steps: int,
+    gas: int,
+    max_norm: float,
 ) -> tuple[list[float], list[float]]:
     """Losses by micro-step and gradient norms by step of the fp64 model, with AdamW, clipping."""
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -190,7 +196,8 @@ def reference_curve(
     losses, norms = [], []
     for micro_step in range(steps * gas):
         force_hf_routing(model, routing("per_layer", model.config, ep_size, seed + micro_step))
-        loss = model(**batch(torch.float64, seed + micro_step)).loss
+        inputs = batch(dtype, seed + micro_step)  # the values that the engines see
+        loss = model(**{**inputs, "inputs_embeds": inputs["inputs_embeds"].double()}).loss
         (loss / gas).backward()
         losses.append(mean_over_ranks(loss))
         if (micro_step + 1) % gas == 0:

@@ -87,20 +87,20 @@ def test_gradients(pools, world, ep_size, stage, dtype, checkpointing, workload,
             assert sum(on["foreign_experts"]) > 0, "nothing was spilled: the test tests nothing"
 
 
-def loss_curve(stage: int, ep_size: int, seed: int, gas: int, steps: int = 20) -> dict:
+def loss_curve(stage: int, ep_size: int, seed: int, gas: int, dtype: str, steps: int = 20) -> dict:
     """Losses of AutoEP, ours and the fp64 reference over optimizer steps with clipping."""
     overrides = {"gradient_clipping": 0.5, "gradient_accumulation_steps": gas}
     curves = {}
     for name, section in (("theirs", None), ("ours", {})):
-        model = build("qwen3_moe", seed)
+        model = build("qwen3_moe", seed, DTYPES[dtype])
         engine = engines.initialize(
-            model, engines.ds_config(stage, ep_size, "fp32", section, **overrides)
+            model, engines.ds_config(stage, ep_size, dtype, section, **overrides)
         )
         curves[name] = []
         for micro_step in range(steps * gas):
             ids = engines.routing("per_layer", model.config, ep_size, seed + micro_step)
             engines.set_routing(engine.module, ids)
-            loss = engine(**engines.batch(torch.float32, seed + micro_step)).loss
+            loss = engine(**engines.batch(DTYPES[dtype], seed + micro_step)).loss
             engine.backward(loss)
             engine.step()
             curves[name].append(engines.mean_over_ranks(loss))
@@ -108,15 +108,27 @@ def loss_curve(stage: int, ep_size: int, seed: int, gas: int, steps: int = 20) -
         spilled = sum(ds_llep.status(engine).get("spilled_tokens", [])) > 0
         engine.destroy()
     curves["reference"], norms = engines.reference_curve(
-        build("qwen3_moe", seed).double(), ep_size, seed, steps, gas, max_norm=0.5
+        build("qwen3_moe", seed, DTYPES[dtype]).double(),
+        *(DTYPES[dtype], ep_size, seed, steps, gas),
+        max_norm=0.5,
     )
     clipped = max(norms) > overrides["gradient_clipping"]
     return {**curves, "clipped": clipped, "spilled": spilled}
 
 
-@pytest.mark.parametrize("stage, ep_size, gas", [(0, 4, 1), (1, 2, 1), (2, 2, 2), (3, 2, 2)])
-def test_loss_curves(pools, stage, ep_size, gas, seed):
-    result = pools(4).run(loss_curve, stage, ep_size, seed, gas)[0]
+@pytest.mark.parametrize(
+    "stage, ep_size, gas, dtype",
+    [
+        (0, 4, 1, "fp32"),
+        (1, 2, 1, "fp32"),
+        (2, 2, 2, "fp32"),
+        (3, 2, 2, "fp32"),
+        (3, 2, 1, "bf16"),
+        (1, 4, 1, "bf16"),
+    ],
+)
+def test_loss_curves(pools, stage, ep_size, gas, dtype, seed):
+    result = pools(4).run(loss_curve, stage, ep_size, seed, gas, dtype)[0]
     theirs, ours, reference = (
         torch.tensor(result[name], dtype=torch.float64) for name in ("theirs", "ours", "reference")
     )
