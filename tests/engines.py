@@ -154,8 +154,13 @@ def reference_gradients(model, inputs: dict, ids: list[torch.Tensor], ep_size: i
 
 
 def average_gradients(model: torch.nn.Module) -> None:
+    """Mean over all ranks; a parameter that only some ranks used counts as zero on the others."""
     for parameter in model.parameters():
-        if parameter.grad is not None:
+        used = torch.tensor(float(parameter.grad is not None), device=parameter.device)
+        dist.all_reduce(used)
+        if used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
 

@@ -6,11 +6,14 @@ The budget is AutoEP's own error against the fp64 reference: twice that, plus 1e
 from __future__ import annotations
 
 import deepspeed
+import deepspeed.comm as dist
 import engines
 import layers
 import pytest
 import torch
+import workloads
 from families import build
+from transformers.modeling_outputs import CausalLMOutput
 
 import ds_llep
 
@@ -85,6 +88,51 @@ def test_gradients(pools, world, ep_size, stage, dtype, checkpointing, workload,
         assert on["ep_size"] * on["edp_size"] == pool.world_size
         if workload != "balanced":
             assert sum(on["foreign_experts"]) > 0, "nothing was spilled: the test tests nothing"
+
+
+class MoEBlocks(torch.nn.Module):
+    """Only the MoE blocks of a model: attention cannot do without tokens, they can."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.config, self.model = model.config, torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList(torch.nn.Module() for _ in model.model.layers)
+        for ours, theirs in zip(self.model.layers, model.model.layers, strict=True):
+            ours.mlp = theirs.mlp
+
+    def forward(self, inputs_embeds, labels):
+        x = inputs_embeds
+        for layer in self.model.layers:
+            x = x + layer.mlp(x)
+        return CausalLMOutput(loss=x.square().sum() / 100, logits=x)
+
+
+def without_tokens(stage: int, ep_size: int, seed: int) -> dict:
+    """Gradients where rank 1 has no token at all, in an engine."""
+    found = []
+    for section in (None, {}):
+        model = MoEBlocks(build("qwen3_moe", seed))
+        engine = engines.initialize(model, engines.ds_config(stage, ep_size, llep=section))
+        tokens = workloads.tokens_on_rank("empty_rank", engines.SEQ_LEN, dist.get_rank())
+        inputs = engines.batch(torch.float32, seed, tokens)
+        ids = engines.routing("one_hot_expert", model.config, ep_size, seed)
+        ids = [ids_TK[:tokens] for ids_TK in ids]
+        found.append(engines.engine_gradients(engine, inputs, ids))
+        status = ds_llep.status(engine)
+        engine.destroy()
+    reference = MoEBlocks(build("qwen3_moe", seed)).double().to(inputs["labels"].device)
+    expected = engines.reference_gradients(reference, inputs, ids, ep_size)
+    theirs, ours = (layers.errors(tensors, expected) for tensors in found)
+    over = {n: (e, theirs[n]) for n, e in ours.items() if not e <= 2 * theirs[n] + 1e-6}
+    return {"over": over, "compared": list(ours), "spilled": sum(status["spilled_tokens"])}
+
+
+@pytest.mark.parametrize("stage, ep_size", [(0, 4), (2, 2), (3, 2), (3, 4)])
+def test_rank_without_tokens(pools, stage, ep_size, seed):
+    for rank, result in enumerate(pools(4).run(without_tokens, stage, ep_size, seed)):
+        assert not result["over"], f"rank {rank}, seed {seed}: {result['over']}"
+        assert {"input", "model.layers.1.mlp.experts.w1"} <= set(result["compared"])
+        assert result["spilled"] > 0
 
 
 def loss_curve(stage: int, ep_size: int, seed: int, gas: int, dtype: str, steps: int = 20) -> dict:
