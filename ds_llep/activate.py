@@ -78,7 +78,7 @@ def register() -> None:
     Raises:
         ValueError: an unsupported DeepSpeed.
     """
-    problems = seam_problems()
+    problems = version_problems("deepspeed") + seam_problems()
     if problems:
         raise ValueError(
             f"ds_llep does not work with deepspeed {deepspeed.__version__}: {'; '.join(problems)}. "
@@ -106,8 +106,8 @@ def register() -> None:
 
 
 def seam_problems() -> list[str]:
-    """What is missing or different in the installed DeepSpeed; empty where all is well."""
-    problems = version_problems("deepspeed")
+    """Which of the ``SEAMS`` are missing or different; each names its ``Class.method`` first."""
+    problems = []
     for owner, name, expected in SEAMS:
         method = getattr(owner, name, None)
         if method is None:

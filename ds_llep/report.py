@@ -66,12 +66,7 @@ def versions() -> Section:
 def seams() -> Section:
     """The methods of DeepSpeed that the plugin relies on, each `ok` or what is different."""
     names = [f"{owner.__name__}.{method}" for owner, method, _ in activate.SEAMS]
-    # Those that name no method are about the version, which `versions` reports.
-    problems = [
-        problem
-        for problem in activate.seam_problems()
-        if problem.startswith(tuple(f"{name} " for name in names))
-    ]
+    problems = activate.seam_problems()
     lines = []
     for name in names:
         different = [problem for problem in problems if problem.startswith(f"{name} ")]

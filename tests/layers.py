@@ -116,6 +116,15 @@ def reference(family: str, ep_layer, x, grad, ids, seed: int, dtype, **options) 
     return found
 
 
+def over_budget(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Errors above twice AutoEP's plus 1e-6, NaN included, as ``{name: (ours, theirs)}``."""
+    return {
+        name: (error, theirs[name])
+        for name, error in ours.items()
+        if not error <= 2 * theirs[name] + 1e-6
+    }
+
+
 SMALL = 512  # elements; the error of fewer is too much of a random draw to hold to a budget
 
 

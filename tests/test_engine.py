@@ -40,11 +40,7 @@ def gradients(
     reference = build("qwen3_moe", seed, DTYPES[dtype]).double().to(inputs["labels"].device)
     expected = engines.reference_gradients(reference, inputs, ids, ep_size)
     theirs, ours = (layers.errors(tensors, expected) for tensors in found)
-    over = {
-        name: (error, theirs[name])
-        for name, error in ours.items()
-        if not error <= 2 * theirs[name] + 1e-6
-    }
+    over = layers.over_budget(ours, theirs)
     return {"over": over, "theirs": theirs, "statuses": statuses}
 
 
@@ -123,7 +119,7 @@ def without_tokens(stage: int, ep_size: int, seed: int) -> dict:
     reference = MoEBlocks(build("qwen3_moe", seed)).double().to(inputs["labels"].device)
     expected = engines.reference_gradients(reference, inputs, ids, ep_size)
     theirs, ours = (layers.errors(tensors, expected) for tensors in found)
-    over = {n: (e, theirs[n]) for n, e in ours.items() if not e <= 2 * theirs[n] + 1e-6}
+    over = layers.over_budget(ours, theirs)
     return {"over": over, "compared": list(ours), "spilled": sum(status["spilled_tokens"])}
 
 

@@ -38,13 +38,12 @@ def compare(
         torch.use_deterministic_algorithms(False)
     error_theirs = layers.errors(found_theirs, expected)
     error_ours = layers.errors(found_ours, expected)
-    over = {
-        name: (error, error_theirs[name])
-        for name, error in error_ours.items()
-        if not error <= 2 * error_theirs[name] + 1e-6
-    }
     tensors = {name for name, tensor in expected.items() if tensor is not None}
-    return {"over": over, "tensors": tensors, **ours.llep.statistics.last()}
+    return {
+        "over": layers.over_budget(error_ours, error_theirs),
+        "tensors": tensors,
+        **ours.llep.statistics.last(),
+    }
 
 
 def check(results: list[dict], seed: int) -> None:

@@ -64,9 +64,10 @@ def main() -> None:
     for workload in args.workloads.split(","):
         inputs = draw(args.shape, workload, device, args.seed)
         theirs, ours = (run(layer, *inputs) for layer in (autoep, llep))
-        worst = max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True))
-        if not agreed_max(worst, device) <= TOLERANCE:
-            raise SystemExit(f"{workload}: results differ by {worst:.3g}, no time is printed")
+        errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
+        # Counted and not compared by their maximum, in which a NaN may get lost.
+        if agreed_max(sum(not error <= TOLERANCE for error in errors), device):
+            raise SystemExit(f"{workload}: results differ by {errors}, no time is printed")
         del theirs, ours
         for mode, layer in (("AutoEP", autoep), ("llep", llep)):
             forward = milliseconds(args.repeats, device, forward_only, layer, *inputs)
