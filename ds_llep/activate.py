@@ -10,48 +10,34 @@ process.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger
-from packaging.version import Version
+from deepspeed.utils import groups, logger
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ds_llep.compat import (
+    check_compatible,
+    install_hint,
+    overridden_options,
+    seam_problems,
+    version_problems,
+)
 from ds_llep.config import SECTION, LLEPConfig
 from ds_llep.experts import LLEPGroupedExperts
+from ds_llep.fetch import Exchange
 from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
 from ds_llep.monitor import Statistics
-
-SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.22.2")}
-"""First and last version of each package that this plugin was run with."""
-
-SEAMS = (
-    (DeepSpeedEngine, "_configure_expert_parallel", ("self", "model")),
-    (AutoEPMoELayer, "forward", ("self", "hidden_states")),
-    (AutoEPMoELayer, "_finalize_output", ("self", "output", "x", "hidden_states", "hdim")),
-    (AutoEPMoELayer, "set_deepspeed_parallelism", ("self",)),
-    (GroupedExperts, "forward", ("self", "x", "num_tokens_per_expert")),
-)
-"""What the plugin relies on in DeepSpeed: class, method, its first arguments."""
-
-OVERRIDDEN = {
-    "combine_impl": "auto",
-    "async_split_plan": False,
-    "gate_up_impl": "separate",
-    "use_grouped_mm": True,
-    "disable_triton_grouped_mm": False,
-}
-"""AutoEP's options about work that llep does itself, and their defaults."""
+from ds_llep.ranks import RankTable
+from ds_llep.shards import check_weight_source, choose_weight_source, weights_changed
 
 _MARK = "_ds_llep_wrapped"
 
@@ -95,7 +81,7 @@ def register() -> None:
             return original(self, model, *args, **kwargs)
         # What can be known now is refused before AutoEP shards the model.
         check_compatible(self._config)
-        resolve_weight_source(config)
+        check_weight_source(config.weight_source, self._config.zero_config)
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
         result = original(self, model, *args, **kwargs)
         _ACTIVE[self] = activate(self, model, config)
@@ -103,57 +89,19 @@ def register() -> None:
 
     setattr(configure_expert_parallel, _MARK, True)
     DeepSpeedEngine._configure_expert_parallel = configure_expert_parallel
+    # Both write weights in ways that their version counters do not show.
+    register_optimizer_step_post_hook(weights_changed)
+    DeepSpeedEngine.load_checkpoint = _then(DeepSpeedEngine.load_checkpoint, weights_changed)
 
 
-def seam_problems() -> list[str]:
-    """Which of the ``SEAMS`` are missing or different; each names its ``Class.method`` first."""
-    problems = []
-    for owner, name, expected in SEAMS:
-        method = getattr(owner, name, None)
-        if method is None:
-            problems.append(f"{owner.__name__}.{name} is missing")
-            continue
-        found = tuple(inspect.signature(method).parameters)[: len(expected)]
-        if found != expected:
-            problems.append(f"{owner.__name__}.{name} takes {found}, expected {expected}")
-    return problems
+def _then(method, follow_up):
+    @functools.wraps(method)
+    def wrapper(*args, **kwargs):
+        result = method(*args, **kwargs)
+        follow_up()
+        return result
 
-
-def check_compatible(ds_config: Any) -> None:
-    """Refuse what cannot be combined with ``llep``, before any group or layer is made.
-
-    Args:
-        ds_config: the engine's parsed ``DeepSpeedConfig``.
-
-    Raises:
-        ValueError: what, and the change to the JSON that resolves it.
-    """
-    expert_parallel = ds_config.expert_parallel_config
-    if expert_parallel is None or not expert_parallel.enabled:
-        raise ValueError(
-            f'"{SECTION}.enabled" is true but expert parallelism is off. llep balances the layers '
-            'that DeepSpeed AutoEP shards; add "expert_parallel": {"enabled": true, '
-            '"autoep_size": N} to the DeepSpeed JSON, N being the ranks that share the experts, '
-            f'or set "{SECTION}.enabled" to false.'
-        )
-    if expert_parallel.comm_backend != "comm":
-        raise ValueError(
-            f'"{SECTION}" cannot be combined with "expert_parallel.comm_backend": '
-            f'"{expert_parallel.comm_backend}", which fixes each token\'s rank by its expert. Set '
-            'it to "comm" or remove it.'
-        )
-    tp_size = getattr(ds_config.tensor_parallel_config, "autotp_size", 0) or 0
-    if tp_size > 1 or expert_parallel.expert_tensor_parallel_size > 1:
-        raise ValueError(
-            f'"{SECTION}" cannot be combined with AutoTP folding (tensor_parallel.autotp_size='
-            f"{tp_size}, expert_parallel.expert_tensor_parallel_size="
-            f"{expert_parallel.expert_tensor_parallel_size}). Set both to 1."
-        )
-    problems = version_problems("transformers")
-    if problems:
-        raise ValueError(
-            f'"{SECTION}" cannot be enabled: {problems[0]}. {install_hint("transformers")}'
-        )
+    return wrapper
 
 
 def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig) -> Activation:
@@ -171,14 +119,27 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
             f'For a dense model set "{SECTION}.enabled" to false; for an MoE model that AutoEP '
             'does not know, describe its layers with "expert_parallel.moe_layer_pattern".'
         )
-    weight_source, reason = resolve_weight_source(config)
-    statistics = adopt(layers, config, engine)
-    ep_size = next(iter(layers.values())).ep_size
+    # AutoEP has made the groups, but the layers do not have theirs yet.
+    group_name = next(iter(layers.values())).ep_group_name
+    ep_group = groups._get_expert_parallel_group(group_name)
+    table = RankTable.gather(ep_group, groups._get_expert_data_parallel_group(group_name))
+    zero_config = engine._config.zero_config
+    weight_source, reason = choose_weight_source(config.weight_source, zero_config, table)
+    if weight_source == "shards" and table.ep_size > 1:
+        exchange = Exchange(
+            table, ep_group, sharded=True, always_ready=True, cache=config.weight_cache
+        )
+    else:
+        exchange = Exchange.of_home_ranks(
+            ep_group, always_ready=zero_config.stage < 3, cache=config.weight_cache
+        )
+    statistics = adopt(layers, config, exchange, engine)
+    ep_size = table.ep_size
     activation = Activation(
         config=config,
         layers=tuple(layers),
         ep_size=ep_size,
-        edp_size=dist.get_world_size() // ep_size,
+        edp_size=table.edp_size,
         weight_source=weight_source,
         weight_source_reason=reason,
         statistics=statistics,
@@ -198,39 +159,19 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
     return activation
 
 
-def overridden_options(expert_parallel: Any) -> list[str]:
-    """Options of the ``"expert_parallel"`` section that were set and that llep makes moot."""
-    return [
-        name for name, default in OVERRIDDEN.items() if getattr(expert_parallel, name) != default
-    ]
-
-
 def adopt(
-    layers: dict[str, AutoEPMoELayer], config: LLEPConfig, engine: DeepSpeedEngine | None = None
+    layers: dict[str, AutoEPMoELayer],
+    config: LLEPConfig,
+    exchange: Exchange,
+    engine: DeepSpeedEngine | None = None,
 ) -> Statistics:
     """Change the class of AutoEP layers, and of their experts, in place; what they will record."""
     statistics = Statistics(config.monitor, len(layers), engine)
     for index, (name, layer) in enumerate(layers.items()):
         layer.__class__ = LLEPMoELayer
         layer.experts.__class__ = LLEPGroupedExperts
-        layer.llep = LayerContext(config, name, index, statistics)
+        layer.llep = LayerContext(config, name, index, statistics, exchange)
     return statistics
-
-
-def resolve_weight_source(config: LLEPConfig) -> tuple[str, str]:
-    """Which weight source is used, and why.
-
-    Raises:
-        ValueError: the source that the config asks for does not exist yet.
-    """
-    if config.weight_source == "shards":
-        raise ValueError(
-            f'"{SECTION}.weight_source": "shards" is not available yet: spilled weights are sent '
-            'by their home rank. Set it to "owner" or "auto".'
-        )
-    if config.weight_source == "owner":
-        return "owner", "as configured"
-    return "owner", "auto: the home rank sends"
 
 
 def status(engine: Any) -> dict[str, Any]:
@@ -244,7 +185,8 @@ def status(engine: Any) -> dict[str, Any]:
         ``ep_size``, ``edp_size``, ``planner``, ``weight_source``, ``weight_source_reason``,
         ``kernels``, and one list entry a layer, from this rank's EP group and last micro-batch, of
         ``load_ratio_before``, ``load_ratio_after``, ``bypassed``, ``spilled_tokens``,
-        ``foreign_experts`` (of all ranks of the group together), ``capped_tokens``.
+        ``foreign_experts`` and ``fetched_experts`` (of all ranks of the group together; the latter
+        in forward and backward, without those that the cache had), ``capped_tokens``.
 
     Raises:
         ValueError: not a DeepSpeed engine.
@@ -269,25 +211,6 @@ def status(engine: Any) -> dict[str, Any]:
         "kernels": select_kernels(activation.config.kernels, torch.device(engine.device)).name,
         **activation.statistics.last(),
     }
-
-
-def version_problems(package: str) -> list[str]:
-    """What is wrong with the installed version of a package; empty if nothing, or if absent."""
-    try:
-        installed = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return []
-    first, last = SUPPORTED[package]
-    if Version(first) <= Version(Version(installed).base_version) <= Version(last):
-        return []
-    return [f"{package} {installed} is not one of the versions known to work ({first} to {last})"]
-
-
-def install_hint(package: str) -> str:
-    """The pip command that gets a supported version."""
-    return f'Install one that is: pip install "{package}>={SUPPORTED[package][0]},' + (
-        f'<={SUPPORTED[package][1]}"'
-    )
 
 
 def _say(line: str) -> None:

@@ -75,6 +75,12 @@ class LLEPConfig(_StrictModel):
     max_foreign_experts: int | None = Field(default=None, ge=0)
     """Most foreign experts that a rank holds at once in a layer; null: as many as planned."""
 
+    max_foreign_bytes: int | None = Field(default=None, ge=1)
+    """Size of the workspace for foreign experts, all layers' together; null: as planned."""
+
+    weight_cache: bool = True
+    """Do not fetch again, while weights are the same, what is still in the workspace."""
+
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Triton kernels, their plain-PyTorch twins, or whichever fits the device."""
 

@@ -5,6 +5,10 @@ regroup by expert. *Back*: undo the regrouping, all-to-all with the splits swapp
 there in forward and back in backward, combine the other way round, so one :class:`Route` serves all
 four and every rank issues exactly one all-to-all for each, whatever the plan says.
 
+Between the two, rows are a pair: those of home slots and those of foreign slots. *There* leaves
+them in one buffer and hands out two views; *back* reads two buffers, as the experts make them,
+without joining them first.
+
 Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``D`` hidden size, ``N`` rows. A *copy* is
 a (token, choice) pair, numbered ``t * K + k``.
 """
@@ -45,6 +49,8 @@ class Route:
     """Rows from each rank of the EP group."""
     rows_per_slot: list[int]
     """Rows of each of this rank's expert slots: home experts first, then foreign ones."""
+    num_home_rows: int
+    """How many of the rows, the first ones, are those of home slots."""
     group: dist.ProcessGroup | None
     kernels: KernelSet
     maps: RouteMaps | None
@@ -88,11 +94,13 @@ def make_route(
     send_order = by_expert[_concat_runs(*send_runs, device)]
     arrival_order = _concat_runs(*arrival_runs, device)
     send_splits = send_EP.sum(axis=0).tolist()
+    rows_per_slot = recv_PS.sum(axis=0).tolist()
     assert len(send_splits) == num_ranks and send_order.numel() == selected_TK.numel()
     return Route(
         send_splits=send_splits,
         recv_splits=recv_PS.sum(axis=1).tolist(),
-        rows_per_slot=recv_PS.sum(axis=0).tolist(),
+        rows_per_slot=rows_per_slot,
+        num_home_rows=sum(rows_per_slot[:per_rank]),
         group=group,
         kernels=kernels,
         maps=RouteMaps(
@@ -104,21 +112,33 @@ def make_route(
     )
 
 
-def dispatch(x_TD: torch.Tensor, scores_TK: torch.Tensor | None, route: Route) -> torch.Tensor:
-    """Send each token to the ranks that compute it; ``[T, D]`` to rows ``[N, D]`` by expert slot.
+def dispatch(
+    x_TD: torch.Tensor, scores_TK: torch.Tensor | None, route: Route
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Send each token ``[T, D]`` to the ranks that compute it.
 
     ``scores_TK`` multiplies the rows before the experts, for models that weigh their inputs; None
     for those that weigh the outputs. Differentiable in both.
+
+    Returns:
+        Rows by expert slot: ``[N_home, D]`` of home slots and ``[N_foreign, D]`` of foreign ones,
+        views of one buffer.
     """
     return _Dispatch.apply(x_TD, scores_TK, route)
 
 
-def combine(out_ND: torch.Tensor, scores_TK: torch.Tensor | None, route: Route) -> torch.Tensor:
+def combine(
+    out_home: torch.Tensor,
+    out_foreign: torch.Tensor,
+    scores_TK: torch.Tensor | None,
+    route: Route,
+) -> torch.Tensor:
     """Send results home and sum them over K, weighted by ``scores_TK`` where given; ``[T, D]``.
 
-    The sum runs in fp32 and is rounded once. Differentiable in both arguments.
+    ``out_home`` and ``out_foreign`` have the shapes that :func:`dispatch` returned. The sum runs in
+    fp32 and is rounded once. Differentiable in all three tensors.
     """
-    return _Combine.apply(out_ND, scores_TK, route)
+    return _Combine.apply(out_home, out_foreign, scores_TK, route)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -128,9 +148,9 @@ class _Dispatch(torch.autograd.Function):
         return _there(x_TD, scores_TK, route)
 
     @staticmethod
-    def backward(ctx, grad_ND):
+    def backward(ctx, grad_home, grad_foreign):
         route, x_TD, scores_TK = _load(ctx)
-        grad_rows = _back(grad_ND.contiguous(), route)
+        grad_rows = _back(grad_home, grad_foreign, route)
         grad_x = route.kernels.combine_rows(grad_rows, route.maps.position_TK, scores_TK)
         grad_scores = None
         if scores_TK is not None and ctx.needs_input_grad[1]:
@@ -141,8 +161,8 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out_ND, scores_TK, route):
-        rows = _back(out_ND, route)
+    def forward(ctx, out_home, out_foreign, scores_TK, route):
+        rows = _back(out_home, out_foreign, route)
         _save(ctx, route, rows if scores_TK is not None else None, scores_TK)
         return route.kernels.combine_rows(rows, route.maps.position_TK, scores_TK)
 
@@ -151,22 +171,26 @@ class _Combine(torch.autograd.Function):
         route, rows, scores_TK = _load(ctx)
         grad_TD = grad_TD.contiguous()
         grad_scores = None
-        if scores_TK is not None and ctx.needs_input_grad[1]:
+        if scores_TK is not None and ctx.needs_input_grad[2]:
             dots_TK = route.kernels.row_dots(rows, route.maps.position_TK, grad_TD)
             grad_scores = dots_TK.to(scores_TK.dtype)
-        return _there(grad_TD, scores_TK, route), grad_scores, None
+        return *_there(grad_TD, scores_TK, route), grad_scores, None
 
 
-def _there(x_TD: torch.Tensor, scores_TK: torch.Tensor | None, route: Route) -> torch.Tensor:
+def _there(
+    x_TD: torch.Tensor, scores_TK: torch.Tensor | None, route: Route
+) -> tuple[torch.Tensor, torch.Tensor]:
     scale_N = None if scores_TK is None else scores_TK.reshape(-1)[route.maps.send_order]
     top_k = route.maps.position_TK.shape[1]
     rows = route.kernels.gather_rows(x_TD, route.maps.send_order // top_k, scale_N)
     rows = _all_to_all(rows, route.send_splits, route.recv_splits, route.group)
-    return route.kernels.gather_rows(rows, route.maps.arrival_order)
+    rows = route.kernels.gather_rows(rows, route.maps.arrival_order)
+    return rows[: route.num_home_rows], rows[route.num_home_rows :]
 
 
-def _back(rows_ND: torch.Tensor, route: Route) -> torch.Tensor:
-    rows = route.kernels.gather_rows(rows_ND, route.maps.arrival_position)
+def _back(home_rows: torch.Tensor, foreign_rows: torch.Tensor, route: Route) -> torch.Tensor:
+    arrival_position = route.maps.arrival_position
+    rows = route.kernels.gather_rows(home_rows, arrival_position, tail_MD=foreign_rows)
     return _all_to_all(rows, route.recv_splits, route.send_splits, route.group)
 
 

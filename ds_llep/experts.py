@@ -10,6 +10,9 @@ Order of work, chosen so that transfers hide behind home GEMMs:
     forward:   start fetch | home experts | wait | foreign experts
     backward:  start fetch | home experts but for w1, w3 | wait | foreign experts | start return
                | home gradients of w1, w3 | wait | add
+
+The layer has started the fetch before, where the weights' source allows it; starting it here again
+makes sure of it, also where checkpointing has run other layers in between.
 """
 
 from __future__ import annotations
@@ -17,36 +20,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import deepspeed.comm as dist
 import torch
 from deepspeed.moe.ep_experts import GroupedExperts, get_expert_activation
 
-from ds_llep.fetch import BundleLayout, Traffic, add_returned, fetch_weights, return_gradients
+from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from ds_llep.kernels.select import KernelSet
+from ds_llep.plan import Plan
+from ds_llep.returns import GradientReturn
 
 
 class LLEPGroupedExperts(GroupedExperts):
     """AutoEP's grouped experts, same parameters, that also compute foreign experts."""
 
     def forward(
-        self, rows_ND: torch.Tensor, *, job: ExpertJob, rows_per_slot: list[int]
-    ) -> torch.Tensor:
+        self,
+        home_rows: torch.Tensor,
+        foreign_rows: torch.Tensor,
+        *,
+        job: ExpertJob,
+        rows_per_slot: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply each slot's expert to its rows.
 
         Args:
-            rows_ND: ``[N, D]``, grouped by slot: home experts, then foreign ones.
+            home_rows: ``[N_home, D]``, grouped by slot.
+            foreign_rows: ``[N_foreign, D]``, likewise; empty where nothing is borrowed.
             job: the rest of what the layer knows. By keyword, since ZeRO-3's hooks look for
                 tensors in positional arguments.
-            rows_per_slot: rows of each slot; their sum is N.
+            rows_per_slot: rows of each slot: home experts, then foreign ones.
+
+        Returns:
+            Results for both, in the same shapes.
         """
         home_counts = rows_per_slot[: self.num_experts]
         foreign_counts = rows_per_slot[self.num_experts :]
         activation = Activation(
             self.activation, self.activation_alpha, self.activation_limit, job.kernels
         )
+        weights = self.w1, self.w2, self.w3
         return _ExpertMLP.apply(
-            rows_ND, self.w1, self.w2, self.w3, job, activation, home_counts, foreign_counts
+            home_rows, foreign_rows, *weights, job, activation, home_counts, foreign_counts
         )
 
 
@@ -54,8 +68,9 @@ class LLEPGroupedExperts(GroupedExperts):
 class ExpertJob:
     """What the experts need beside rows and weights."""
 
-    traffic: Traffic
-    group: dist.ProcessGroup | None
+    plan: Plan
+    exchange: Exchange
+    foreign: ForeignWeights
     keep_foreign: bool
     """Keep foreign weights between forward and backward instead of fetching them again."""
     kernels: KernelSet
@@ -91,72 +106,70 @@ class Activation:
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, w1, w2, w3, job, activation, home_counts, foreign_counts):
-        with _no_autocast(rows_ND):
-            home = _in_dtype_of(rows_ND, w1, w2, w3)
-            layout = BundleLayout.of(home)
-            transfer = fetch_weights(home, job.traffic, rows_ND, job.group, keep=job.keep_foreign)
-            home_rows, foreign_rows = rows_ND.split([sum(home_counts), sum(foreign_counts)])
+    def forward(
+        ctx, home_rows, foreign_rows, w1, w2, w3, job, activation, home_counts, foreign_counts
+    ):
+        with _no_autocast(home_rows):
+            home = _in_dtype_of(home_rows, w1, w2, w3)
+            job.foreign.start()
             out_home, *hidden_home = _mlp_forward(home_rows, home, home_counts, activation)
-            bundles = transfer.wait()
+            bundles = job.foreign.wait()
+            foreign = job.foreign.layout.views(bundles)
             out_foreign, *hidden_foreign = _mlp_forward(
-                foreign_rows, layout.views(bundles), foreign_counts, activation
+                foreign_rows, foreign, foreign_counts, activation
             )
         # The same number of tensors on every rank: activation checkpointing counts them.
         ctx.save_for_backward(
-            rows_ND,
+            *(home_rows, foreign_rows),
             *(w1, w2, w3),
             *hidden_home,
             *hidden_foreign,
-            bundles if job.keep_foreign else None,
+            bundles.clone() if job.keep_foreign else None,
         )
         ctx.settings = (job, activation, home_counts, foreign_counts)
-        return torch.cat((out_home, out_foreign)) if foreign_counts else out_home
+        return out_home, out_foreign
 
     @staticmethod
-    def backward(ctx, grad_ND):
-        rows_ND, w1, w2, w3, *hidden, bundles = ctx.saved_tensors
+    def backward(ctx, home_grad, foreign_grad):
+        home_rows, foreign_rows, w1, w2, w3, *hidden, bundles = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # so that gate and up are freed once they are used
         hidden_home, hidden_foreign = hidden[:2], hidden[2:]
         del hidden
         job, activation, home_counts, foreign_counts = ctx.settings
-        need_rows, *need_weights = ctx.needs_input_grad[:4]
+        need_rows, need_weights = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2:5]
         need = (need_rows, any(need_weights))
-        with _no_autocast(rows_ND):
-            home = _in_dtype_of(rows_ND, w1, w2, w3)
-            layout = BundleLayout.of(home)
+        with _no_autocast(home_rows):
+            home = _in_dtype_of(home_rows, w1, w2, w3)
             if bundles is None:
-                transfer = fetch_weights(home, job.traffic, rows_ND, job.group, keep=False)
-            spans = [sum(home_counts), sum(foreign_counts)]
-            home_rows, foreign_rows = rows_ND.split(spans)
-            home_grad, foreign_grad = grad_ND.contiguous().split(spans)
-
+                job.foreign.start()
             home_step = _hidden_backward(
-                home_grad, hidden_home, home, home_counts, activation, *need
+                home_grad.contiguous(), hidden_home, home, home_counts, activation, *need
             )
             if bundles is None:
-                bundles = transfer.wait()
-            foreign = layout.views(bundles)
+                bundles = job.foreign.wait()
+            foreign = job.foreign.layout.views(bundles)
             foreign_step = _hidden_backward(
-                foreign_grad, hidden_foreign, foreign, foreign_counts, activation, *need
+                foreign_grad.contiguous(),
+                hidden_foreign,
+                foreign,
+                foreign_counts,
+                activation,
+                *need,
             )
-            grad_rows = None
-            if need_rows:
-                grad_rows = home_step.grad_rows
-                if foreign_counts:
-                    grad_rows = torch.cat((grad_rows, foreign_step.grad_rows))
-
+            grad_rows = home_step.grad_rows, foreign_step.grad_rows
             if not any(need_weights):
-                return grad_rows, *[None] * 7
+                return *grad_rows, *[None] * 7
             foreign_gradients = _weight_gradients(foreign_step, foreign_rows, foreign_counts)
-            transfer = return_gradients(foreign_gradients, job.traffic, job.group)
+            del foreign_step  # its gate and up gradients are used up
+            homecoming = GradientReturn(job.exchange, job.plan)
+            homecoming.start(foreign_gradients)
             gradients = _weight_gradients(home_step, home_rows, home_counts)
-            add_returned(gradients, transfer.wait(), job.traffic)
+            homecoming.finish(gradients)
         grad_weights = [
             gradient.to(weight.dtype) if needed else None
             for gradient, weight, needed in zip(gradients, (w1, w2, w3), need_weights, strict=True)
         ]
-        return grad_rows, *grad_weights, *[None] * 4
+        return *grad_rows, *grad_weights, *[None] * 4
 
 
 @dataclass(frozen=True)

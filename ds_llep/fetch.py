@@ -1,200 +1,236 @@
-"""Weights of spilled experts to their helpers, and their gradients home.
+"""Spilled experts' weights, from whoever holds them into their helpers' workspaces.
 
-All matrices of an expert travel as one *bundle*, a row of a ``[experts, numel]`` buffer, so that
-nothing here is written once per matrix and each direction is one all-to-all over the EP group. A
-plan without spills issues none: all ranks of the group see the same plan.
+Each piece of a matrix travels by itself, straight from where it lies to where it is needed, so that
+nobody packs, gathers or holds a second copy. With ``weight_source="owner"`` the home rank holds
+whole experts and sends within its EP group; with ``"shards"`` every rank sends from its ZeRO-3
+parts to helpers in all EP groups. All ranks derive the same transfers from the same plans.
 
-The home rank sends (``weight_source="owner"``). Under ZeRO-3 its weights are whole only while the
-experts module runs, so a fetch is started there and overlaps the home experts' own GEMMs.
+The workspace doubles as a cache: what still lies there since the forward pass or since an earlier
+micro-batch is not sent again while the weights are the same.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import deepspeed.comm as dist
+import numpy as np
 import torch
 
 from ds_llep.plan import Plan
+from ds_llep.ranks import RankTable
+from ds_llep.shards import cut, on_device, part_numel, part_of, version, whole_shape
+from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
 
 
-class Workspace:
-    """Grow-only scratch memory for foreign weights, one per process and reused by all layers.
+class Exchange:
+    """What the layers of one engine share when they move weights.
 
-    What is taken is valid until the next ``take`` of the same dtype and device, which is enough:
-    forward and backward of a layer each fetch, use and forget.
+    Args:
+        table: all EP groups for ``shards``; this process's own where the home ranks send.
+        ep_group: the EP group.
+        sharded: pieces come from ZeRO-3 parts instead of the home rank.
+        always_ready: the source needs no gather, so a fetch may start before the experts run.
+        cache: keep foreign experts until their place is needed or their weights change.
     """
 
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-
-    def take(self, rows: int, numel: int, like: torch.Tensor) -> torch.Tensor:
-        """Uninitialised ``[rows, numel]`` of ``like``'s dtype and device."""
-        key = like.device, like.dtype
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < rows * numel:
-            # Freed first: old and new workspace never exist at the same time.
-            self._buffers.pop(key, None)
-            del buffer
-            with torch.inference_mode(False):  # it outlives the inference mode it may be made in
-                buffer = self._buffers[key] = like.new_empty(rows * numel)
-        return buffer[: rows * numel].view(rows, numel)
-
-    def nbytes(self) -> int:
-        """Bytes held now."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
-
-WORKSPACE = Workspace()
-
-
-@dataclass(frozen=True)
-class BundleLayout:
-    """How the matrices of one expert lie in a bundle: one after the other."""
-
-    shapes: tuple[torch.Size, ...]
+    def __init__(
+        self,
+        table: RankTable,
+        ep_group: dist.ProcessGroup,
+        *,
+        sharded: bool,
+        always_ready: bool,
+        cache: bool,
+    ) -> None:
+        self.table, self.ep_group = table, ep_group
+        self.sharded, self.always_ready, self.cache = sharded, always_ready, cache
+        # A home rank's shards are in all EP groups, the home rank itself is in this one.
+        self.group = dist.get_world_group() if sharded else ep_group
+        self._token = object()
+        self._size: int | None = None
+        self._directories: dict[int, Directory] = {}
+        self._versions: dict[int, tuple[int, ...]] = {}
+        self._in_flight: list[tuple[list[Any], list[dist.P2POp]]] = []
 
     @classmethod
-    def of(cls, weights: Sequence[torch.Tensor]) -> BundleLayout:
-        """The layout for stacked weights ``[M, ., .]``."""
-        return cls(tuple(weight.shape[1:] for weight in weights))
+    def of_home_ranks(
+        cls, ep_group: dist.ProcessGroup, *, always_ready: bool = True, cache: bool = True
+    ) -> Exchange:
+        """The exchange in which home ranks send."""
+        table = RankTable.of_group(ep_group)
+        return cls(table, ep_group, sharded=False, always_ready=always_ready, cache=cache)
 
     @property
-    def numel(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
+    def group_index(self) -> int:
+        """This process's EP group among those of the table."""
+        return self.table.group_index
 
-    def views(self, bundles: torch.Tensor) -> list[torch.Tensor]:
-        """``[n, numel]`` as one ``[n, ., .]`` view for each matrix."""
-        parts = bundles.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    def counts_by_group(self, counts_RE: np.ndarray) -> list[np.ndarray]:
+        """Counts of the ranks of :attr:`group`, in its order, as ``[P, E]`` of each EP group."""
+        if not self.sharded:
+            return [counts_RE]
+        return [counts_RE[list(ranks)] for ranks in self.table.groups]
+
+    def version(self, weights: Sequence[torch.Tensor]) -> int:
+        """What the others need to know to tell that weights which lie here have changed."""
+        return version(weights) if self.cache else 0
+
+    def renew(self, layer: int, versions: Sequence[int]) -> None:
+        """Forget a layer's foreign experts if the version of any rank's weights is another."""
+        versions = tuple(versions)
+        if self._versions.get(layer) != versions:
+            self._versions[layer] = versions
+            self.forget(lambda key: key[0] == layer)
+
+    def forget(self, which: Callable[[tuple[int, int]], bool] = lambda key: True) -> None:
+        """Drop the (layer, expert) pairs that ``which`` accepts from all directories."""
+        for directory in self._directories.values():
+            directory.forget(which)
+
+    def open_workspace(self, bundles: Any, size: int | None) -> None:
+        """Make sure that the directories describe the workspace as it is.
+
+        Args:
+            bundles: what tells bundles of this kind from others.
+            size: bundles that the workspace holds; None: as planned.
+        """
+        if WORKSPACE.claim((self._token, bundles)):  # other weights may lie there now
+            self._directories.clear()
+            self._size = size
+
+    def directory(self, rank: int) -> Directory:
+        """What lies in a rank's workspace."""
+        return self._directories.setdefault(rank, Directory(self._size))
+
+    def post(self, operations: list[dist.P2POp]) -> None:
+        """Start transfers. Their tensors are held until :meth:`finish`."""
+        if operations:
+            self._in_flight.append((dist.batch_isend_irecv(operations), operations))
+
+    def finish(self) -> None:
+        """Wait, on the current stream, for all that was posted."""
+        for works, _ in self._in_flight:
+            for work in works:
+                work.wait()
+        self._in_flight.clear()
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Which bundles this rank sends and receives for one plan, both in all-to-all order."""
+class ForeignWeights:
+    """The foreign experts of one layer and micro-batch, this rank's and all others'.
 
-    lent: list[int]
-    """Local ids of home experts, one for each (helper, expert), by helper."""
-    lent_splits: list[int]
-    """How many of them go to each rank."""
-    borrowed_splits: list[int]
-    """How many foreign experts come from each rank; they arrive in slot order."""
-    any_spill: bool
-    """Whether any rank of the group spills; False: nobody communicates."""
+    Every rank of the exchange's group calls :meth:`start` and :meth:`wait` in the same order.
 
-    @classmethod
-    def of(cls, plan: Plan, rank: int) -> Traffic:
-        """This rank's part of the plan."""
-        lent = plan.lent_experts(rank)
-        lent_splits = [0] * plan.num_ranks
-        for spill in lent:
-            lent_splits[spill.helper] += 1
-        borrowed_splits = [0] * plan.num_ranks
-        for expert in plan.foreign_experts(rank):
-            borrowed_splits[expert // plan.experts_per_rank] += 1
-        return cls(
-            lent=[spill.expert - rank * plan.experts_per_rank for spill in lent],
-            lent_splits=lent_splits,
-            borrowed_splits=borrowed_splits,
-            any_spill=bool(plan.spills),
-        )
+    Args:
+        exchange: the engine's.
+        layer: index of the layer in the engine.
+        weights: the experts' parameters, each ``[M, ., .]``, gathered or not.
+        plans: one for each EP group of the exchange's table.
+        like: bundles travel in this tensor's dtype, to its device.
+        size: bundles that the workspace holds; None: as planned.
+        count: told how many experts were sent within this EP group, at each fetch.
+    """
 
-    @property
-    def num_borrowed(self) -> int:
-        return sum(self.borrowed_splits)
+    def __init__(
+        self,
+        exchange: Exchange,
+        layer: int,
+        weights: Sequence[torch.Tensor],
+        plans: Sequence[Plan],
+        like: torch.Tensor,
+        size: int | None,
+        count: Callable[[int], None],
+    ) -> None:
+        self._exchange, self._layer, self._weights = exchange, layer, weights
+        self._like, self._size, self._count = like.new_empty(0), size, count
+        self.layout = BundleLayout(tuple(whole_shape(weight)[1:] for weight in weights))
+        self._experts_per_rank = plans[0].experts_per_rank
+        self._wanted: dict[int, list[int]] = {}
+        for ranks, plan in zip(exchange.table.groups, plans, strict=True):
+            for spill in plan.spills:
+                self._wanted.setdefault(ranks[spill.helper], []).append(spill.expert)
+        self._places: list[int] = []
 
-
-class Transfer:
-    """Bundles on their way. Holds the send buffer until :meth:`wait`."""
-
-    def __init__(self, received: torch.Tensor, sent: torch.Tensor | None, work) -> None:
-        self._received, self._sent, self._work = received, sent, work
+    def start(self) -> None:
+        """Start to send and receive what helpers do not have yet; nothing where all have all."""
+        if not self._wanted:
+            return
+        exchange, table = self._exchange, self._exchange.table
+        exchange.open_workspace((self.layout, self._like.dtype, self._like.device), self._size)
+        missing = {}
+        for rank, experts in self._wanted.items():
+            places, missing[rank] = exchange.directory(rank).place(self._layer, experts)
+            if rank == table.rank:
+                self._places = places
+        self._count(sum(len(missing.get(rank, ())) for rank in table.groups[table.group_index]))
+        if any(missing.values()):
+            exchange.finish()  # a place may be given anew while data is still on its way there
+            exchange.post(self._transfers(missing))
 
     def wait(self) -> torch.Tensor:
-        """The received bundles ``[n, numel]``, usable on the current stream."""
-        if self._work is not None:
-            self._work.wait()
-        self._sent = self._work = None
-        return self._received
+        """This rank's foreign experts, bundles ``[n, numel]`` by expert id.
+
+        Valid until the next :meth:`start` of any layer.
+        """
+        self._exchange.finish()
+        if not self._exchange.cache:
+            self._exchange.forget()
+        if not self._places:
+            return self._like.new_empty((0, self.layout.numel))
+        workspace, first = self._workspace(), self._places[0]
+        if self._places == list(range(first, first + len(self._places))):
+            return workspace[first : first + len(self._places)]
+        return torch.stack([workspace[place] for place in self._places])
+
+    def _workspace(self) -> torch.Tensor:
+        size = self._exchange.directory(self._exchange.table.rank).size
+        return WORKSPACE.view(size, self.layout.numel, self._like)
+
+    def _transfers(self, missing: dict[int, list[tuple[int, int]]]) -> list[dist.P2POp]:
+        """This rank's part of the fetch; sender and receiver go through it in the same order.
+
+        Args:
+            missing: by helper's global rank, the (expert, place) pairs to be sent there.
+        """
+        table, sharded = self._exchange.table, self._exchange.sharded
+        numels = self.layout.numels
+        targets = self._workspace().split(numels, dim=1) if missing.get(table.rank) else ()
+        operations = []
+        for helper, experts in missing.items():
+            for expert, place in experts:
+                home, local = divmod(expert, self._experts_per_rank)
+                if table.rank != helper and table.ep_rank != home:
+                    continue  # an expert's holders all have its home's rank, in their EP groups
+                for matrix, weight in enumerate(self._weights):
+                    for piece in cut(local, numels[matrix], part_numel(weight, sharded)):
+                        holder = table.groups[piece.part][home]
+                        if table.rank == helper:
+                            target = targets[matrix][place].narrow(0, piece.place, piece.numel)
+                            operations.append(self._operation(dist.irecv, target, holder))
+                        elif table.rank == holder:
+                            part = part_of(weight, sharded)
+                            source = part.narrow(0, piece.held_at, piece.numel)
+                            source = on_device(source, self._like)
+                            operations.append(self._operation(dist.isend, source, helper))
+        return operations
+
+    def _operation(self, direction: Callable, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(direction, tensor, peer, self._exchange.group)
 
 
-def fetch_weights(
-    weights: Sequence[torch.Tensor],
-    traffic: Traffic,
-    like: torch.Tensor,
-    group: dist.ProcessGroup | None,
-    keep: bool,
-) -> Transfer:
-    """Start sending the lent experts' weights and receiving the borrowed ones.
-
-    Args:
-        weights: this rank's home experts, each ``[M, ., .]``, whole.
-        traffic: from :meth:`Traffic.of`.
-        like: bundles travel in this tensor's dtype, the one that the experts compute in.
-        group: the EP group; every rank of it must call, or none where no rank spills.
-        keep: receive into memory of the caller's own instead of the shared workspace.
-    """
-    layout = BundleLayout.of(weights)
-    if keep or not traffic.any_spill:
-        received = like.new_empty((traffic.num_borrowed, layout.numel))
-    else:
-        received = WORKSPACE.take(traffic.num_borrowed, layout.numel, like)
-    if not traffic.any_spill:
-        return Transfer(received, None, None)
-    sent = like.new_empty((len(traffic.lent), layout.numel))
-    for view, weight in zip(layout.views(sent), weights, strict=True):
-        for place, expert in enumerate(traffic.lent):
-            view[place].copy_(weight[expert])
-    return _exchange(received, sent, traffic.borrowed_splits, traffic.lent_splits, group)
+def start_in_backward(y_TD: torch.Tensor, foreign: ForeignWeights) -> torch.Tensor:
+    """``y_TD`` itself; when its gradient arrives, the foreign weights are fetched again."""
+    return _StartInBackward.apply(y_TD, foreign)
 
 
-def return_gradients(
-    gradients: Sequence[torch.Tensor], traffic: Traffic, group: dist.ProcessGroup | None
-) -> Transfer:
-    """Start sending the borrowed experts' gradients home; the mirror of :func:`fetch_weights`.
+class _StartInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_TD, foreign):
+        ctx.foreign = foreign
+        return y_TD.view_as(y_TD)
 
-    Args:
-        gradients: of the foreign experts in slot order, each ``[n, ., .]``.
-        traffic: the one that fetched them.
-        group: the EP group; every rank of it must call, or none where no rank spills.
-    """
-    layout = BundleLayout.of(gradients)
-    received = gradients[0].new_empty((len(traffic.lent), layout.numel))
-    if not traffic.any_spill:
-        return Transfer(received, None, None)
-    sent = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
-    return _exchange(received, sent, traffic.lent_splits, traffic.borrowed_splits, group)
-
-
-def add_returned(
-    gradients: Sequence[torch.Tensor], returned: torch.Tensor, traffic: Traffic
-) -> None:
-    """Add the helpers' gradients to the home gradients, in place.
-
-    The sum over helpers runs in fp32 and is rounded once, so that its error does not grow with the
-    number of helpers.
-
-    Args:
-        gradients: of the home experts, each ``[M, ., .]``.
-        returned: bundles ``[len(traffic.lent), numel]`` from :func:`return_gradients`.
-    """
-    layout = BundleLayout.of(gradients)
-    places: dict[int, list[int]] = {}
-    for place, expert in enumerate(traffic.lent):
-        places.setdefault(expert, []).append(place)
-    for gradient, view in zip(gradients, layout.views(returned), strict=True):
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        for expert, from_helpers in places.items():
-            total = gradient[expert].to(wide)
-            for place in from_helpers:
-                total = total + view[place]
-            gradient[expert].copy_(total)
-
-
-def _exchange(received, sent, recv_splits, send_splits, group) -> Transfer:
-    work = dist.all_to_all_single(
-        received, sent, recv_splits, send_splits, group=group, async_op=True
-    )
-    return Transfer(received, sent, work)
+    @staticmethod
+    def backward(ctx, grad_TD):
+        ctx.foreign.start()
+        return grad_TD, None

@@ -7,7 +7,9 @@ experts and the shape of the output remain AutoEP's code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
@@ -16,10 +18,11 @@ from ds_llep.config import LLEPConfig
 from ds_llep.counts import gather_counts
 from ds_llep.dispatch import combine, dispatch, make_route
 from ds_llep.experts import ExpertJob
-from ds_llep.fetch import Traffic
+from ds_llep.fetch import Exchange, ForeignWeights, start_in_backward
 from ds_llep.kernels.select import KernelSet, select_kernels
 from ds_llep.monitor import Statistics
-from ds_llep.plan import make_plan
+from ds_llep.plan import Plan, make_plan
+from ds_llep.shards import whole_shape
 
 
 @dataclass
@@ -30,8 +33,27 @@ class LayerContext:
     name: str
     index: int
     statistics: Statistics
+    exchange: Exchange
     kernels: KernelSet | None = None
     """Chosen at the first forward, when the layer is on its device."""
+
+    def workspace_size(self, weights: Sequence[torch.Tensor], like: torch.Tensor) -> int | None:
+        """How many foreign experts ``max_foreign_bytes`` makes room for; None: any number.
+
+        Raises:
+            ValueError: on every rank, if it is not even one.
+        """
+        limit = self.config.max_foreign_bytes
+        if limit is None:
+            return None
+        expert = sum(whole_shape(weight)[1:].numel() for weight in weights) * like.element_size()
+        if limit < expert:
+            raise ValueError(
+                f'"llep.max_foreign_bytes": {limit} is less than one expert of MoE layer '
+                f"'{self.name}', {expert} bytes in {like.dtype}. Give it {expert} or more; to "
+                'keep all experts at home, set "max_foreign_experts" to 0.'
+            )
+        return limit // expert
 
 
 class LLEPMoELayer(AutoEPMoELayer):
@@ -54,47 +76,72 @@ class LLEPMoELayer(AutoEPMoELayer):
         """
         batch, seq_len, hidden = hidden_states.shape
         x_TD = hidden_states.reshape(-1, hidden)
-        context = self.llep
+        context, exchange = self.llep, self.llep.exchange
         if context.kernels is None:
             context.kernels = select_kernels(context.config.kernels, x_TD.device)
+        weights = self.experts.w1, self.experts.w2, self.experts.w3
+        size = context.workspace_size(weights, x_TD)
+        keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
-        scores_TK, selected_TK, counts_PE = self._route(x_TD)
-        plan = make_plan(counts_PE, context.config)
-        context.statistics.record(context.index, plan)
-        before, after = (scores_TK, None) if self.score_apply == "pre" else (None, scores_TK)
-
-        route = make_route(selected_TK, plan, self.ep_rank, self.ep_group, context.kernels)
-        rows_ND = dispatch(x_TD, before, route)
-        job = ExpertJob(
-            traffic=Traffic.of(plan, self.ep_rank),
-            group=self.ep_group,
-            keep_foreign=context.config.backward_weights == "keep" and torch.is_grad_enabled(),
-            kernels=context.kernels,
+        scores_TK, selected_TK, plans = self._route_and_plan(x_TD, weights, size)
+        plan = plans[exchange.group_index]
+        foreign = ForeignWeights(
+            exchange,
+            context.index,
+            weights,
+            plans,
+            like=x_TD,
+            size=size,
+            count=partial(context.statistics.count_fetched, context.index),
         )
-        out_ND = self.experts(rows_ND, job=job, rows_per_slot=route.rows_per_slot)
-        y_TD = combine(out_ND, after, route)
+        if exchange.always_ready:
+            foreign.start()
+        before, after = (scores_TK, None) if self.score_apply == "pre" else (None, scores_TK)
+        route = make_route(selected_TK, plan, self.ep_rank, self.ep_group, context.kernels)
+        home_rows, foreign_rows = dispatch(x_TD, before, route)
+        job = ExpertJob(plan, exchange, foreign, keep_foreign, context.kernels)
+        out_home, out_foreign = self.experts(
+            home_rows, foreign_rows, job=job, rows_per_slot=route.rows_per_slot
+        )
+        y_TD = combine(out_home, out_foreign, after, route)
+        if exchange.always_ready and not keep_foreign:
+            y_TD = start_in_backward(y_TD, foreign)
         return self._finalize_output(
             y_TD.reshape(batch, seq_len, hidden), x_TD, hidden_states, hidden
         )
 
-    def _route(self, x_TD: torch.Tensor):
-        """Run the router and agree on the counts; a failure on one rank becomes an error on all."""
+    def _route_and_plan(
+        self, x_TD: torch.Tensor, weights: Sequence[torch.Tensor], size: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Plan]]:
+        """Scores, choices and, from the counts of all, one plan for each EP group.
+
+        A router's failure on one rank becomes an error on all.
+        """
+        context, exchange = self.llep, self.llep.exchange
         failure = scores_TK = selected_TK = None
         try:
             scores_TK, selected_TK, counts_E = self.router(x_TD, self.expert_bias)
         except Exception as error:  # whatever it is, the others wait in gather_counts
             failure = error
         try:
-            counts_PE = gather_counts(
+            counts_RE, versions_R = gather_counts(
                 selected_TK,
                 scores_TK,
                 self.num_experts,
-                self.ep_group,
+                exchange.group,
                 x_TD.device,
-                self.llep.name,
+                context.name,
+                exchange.version(weights),
             )
         except ValueError as error:
             raise error from failure
         with torch.no_grad():  # AutoEP's own utilisation counter
             self.tokens_per_expert.add_(counts_E)
-        return scores_TK, selected_TK, counts_PE
+        exchange.renew(context.index, versions_R)
+        limits = [n for n in (context.config.max_foreign_experts, size) if n is not None]
+        config = context.config.model_copy(
+            update={"max_foreign_experts": min(limits, default=None)}
+        )
+        plans = [make_plan(counts_PE, config) for counts_PE in exchange.counts_by_group(counts_RE)]
+        context.statistics.record(context.index, plans[exchange.group_index])
+        return scores_TK, selected_TK, plans

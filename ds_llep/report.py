@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS
 
 import ds_llep
-from ds_llep import activate
+from ds_llep import compat
 from ds_llep.kernels import grouped_gemm, reference
 from ds_llep.kernels.select import select_kernels
 
@@ -54,10 +54,10 @@ def versions() -> Section:
         except metadata.PackageNotFoundError:
             installed = "not installed"
         line = f"{package:<13} {installed}"
-        if package in activate.SUPPORTED:
-            found = activate.version_problems(package)
-            problems += [f"{problem}. {activate.install_hint(package)}" for problem in found]
-            first, last = activate.SUPPORTED[package]
+        if package in compat.SUPPORTED:
+            found = compat.version_problems(package)
+            problems += [f"{problem}. {compat.install_hint(package)}" for problem in found]
+            first, last = compat.SUPPORTED[package]
             line = f"{line:<32}supported: {first} to {last}: {'NO' if found else 'ok'}"
         lines.append(line)
     return Section("versions", lines, problems)
@@ -65,8 +65,8 @@ def versions() -> Section:
 
 def seams() -> Section:
     """The methods of DeepSpeed that the plugin relies on, each `ok` or what is different."""
-    names = [f"{owner.__name__}.{method}" for owner, method, _ in activate.SEAMS]
-    problems = activate.seam_problems()
+    names = [f"{owner.__name__}.{method}" for owner, method, _ in compat.SEAMS]
+    problems = compat.seam_problems()
     lines = []
     for name in names:
         different = [problem for problem in problems if problem.startswith(f"{name} ")]

@@ -2,8 +2,9 @@
 
 Each twin says what its kernel means in a few tensor operations. All of them accumulate in the
 input's dtype promoted to at least fp32 and round once, so that float64 goes through unrounded. They
-are built from differentiable operations. Sums over K are loops of K steps over [T, D] tensors: that
-costs K small calls and saves the [T, K, D] fp32 temporary of a single one.
+are built from differentiable operations, but for `gather_rows` with a tail. Sums over K are loops
+of K steps over [T, D] tensors: that costs K small calls and saves the [T, K, D] fp32 temporary of a
+single one.
 
 Shape letters: T tokens, K experts per token, D hidden size, F expert FFN size, N rows.
 """
@@ -17,14 +18,20 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gather_rows(
-    x_TD: torch.Tensor, index_N: torch.Tensor, scale_N: torch.Tensor | None = None
+    x_TD: torch.Tensor,
+    index_N: torch.Tensor,
+    scale_N: torch.Tensor | None = None,
+    *,
+    tail_MD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rows[n] = x[index[n]] * scale[n]`, multiplied in at least fp32 and rounded once.
 
     Args:
         x_TD: [T, D], any float dtype.
-        index_N: [N] int64, each in [0, T); repeats allowed.
+        index_N: [N] int64, each in [0, T), or in [0, T + M) with a tail; repeats allowed.
         scale_N: [N], any float dtype, or None for a plain copy.
+        tail_MD: [M, D] in x's dtype: rows that are read as if they followed x's; or None. T or M
+            may be 0; where neither is, the result is not differentiable.
 
     Returns:
         [N, D] in x's dtype.
@@ -33,11 +40,26 @@ def gather_rows(
         IndexError: an index is out of range (CPU only; on a GPU it is PyTorch's device-side
             assert).
     """
-    rows_ND = x_TD.index_select(0, index_N)
+    rows_ND = _select_rows(x_TD, tail_MD, index_N)
     if scale_N is None:
         return rows_ND
     dtype = _accumulation_dtype(x_TD.dtype)
     return (rows_ND.to(dtype) * scale_N.to(dtype).unsqueeze(1)).to(x_TD.dtype)
+
+
+def _select_rows(
+    x_TD: torch.Tensor, tail_MD: torch.Tensor | None, index_N: torch.Tensor
+) -> torch.Tensor:
+    T = x_TD.shape[0]
+    if tail_MD is None or tail_MD.shape[0] == 0:
+        return x_TD.index_select(0, index_N)
+    if T == 0:
+        return tail_MD.index_select(0, index_N)
+    # Each part is asked for every row, wrong ones included: to count the right ones on a GPU would
+    # be a device-to-host synchronisation.
+    rows_ND = x_TD.index_select(0, index_N.clamp(max=T - 1))
+    from_tail_ND = tail_MD.index_select(0, (index_N - T).clamp(min=0))
+    return torch.where((index_N < T).unsqueeze(1), rows_ND, from_tail_ND, out=rows_ND)
 
 
 def combine_rows(

@@ -27,19 +27,27 @@ def _add(a, b):
     return a + b
 
 
-@triton.jit
+# T is another number at nearly every call: specialising on it would only compile anew.
+@triton.jit(do_not_specialize=["T"])
 def _gather_rows_kernel(
     x_ptr,
+    tail_ptr,
     index_ptr,
     scale_ptr,
     rows_ptr,
     x_stride,
+    tail_stride,
+    T,
     D: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    source_ptr = x_ptr + tl.load(index_ptr + n) * x_stride
+    t = tl.load(index_ptr + n)
+    source_ptr = x_ptr + t * x_stride
+    if HAS_TAIL:
+        source_ptr = tl.where(t < T, source_ptr, tail_ptr + (t - T) * tail_stride)
     target_ptr = rows_ptr + n * D
     if HAS_SCALE:
         scale = tl.load(scale_ptr + n).to(tl.float32)
@@ -117,29 +125,40 @@ def _launch_sizes(D: int, most: int) -> dict[str, int]:
 
 
 def gather_rows(
-    x_TD: torch.Tensor, index_N: torch.Tensor, scale_N: torch.Tensor | None = None
+    x_TD: torch.Tensor,
+    index_N: torch.Tensor,
+    scale_N: torch.Tensor | None = None,
+    *,
+    tail_MD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`rows[n] = x[index[n]] * scale[n]`, multiplied in fp32 and rounded once.
 
     Args:
         x_TD: [T, D] fp32, bf16, fp16 (float64: the twin's job); any row stride.
-        index_N: [N] int64, each in [0, T); repeats allowed.
+        index_N: [N] int64, each in [0, T), or in [0, T + M) with a tail; repeats allowed.
         scale_N: [N], any float dtype, or None for a plain copy.
+        tail_MD: [M, D] in x's dtype, any row stride: rows that are read as if they followed x's,
+            without a copy of either; or None. T or M may be 0.
 
     Returns:
         [N, D] contiguous, in x's dtype.
     """
     if x_TD.dtype == torch.float64:
-        return reference.gather_rows(x_TD, index_N, scale_N)
+        return reference.gather_rows(x_TD, index_N, scale_N, tail_MD=tail_MD)
     assert x_TD.dim() == 2 and index_N.dim() == 1 and index_N.dtype == torch.int64
     assert scale_N is None or scale_N.shape == index_N.shape
-    (N,), D = index_N.shape, x_TD.shape[1]
+    (N,), (T, D) = index_N.shape, x_TD.shape
+    if tail_MD is not None:
+        assert tail_MD.dtype == x_TD.dtype and tail_MD.shape[1:] == (D,)
+        tail_MD = _unit_stride(tail_MD) if tail_MD.shape[0] else None
     x_TD, index_N = _unit_stride(x_TD), index_N.contiguous()
     scale_N = None if scale_N is None else scale_N.contiguous()
     rows_ND = torch.empty((N, D), dtype=x_TD.dtype, device=x_TD.device)
     if rows_ND.numel():
         _gather_rows_kernel[(N,)](
-            *(x_TD, index_N, scale_N, rows_ND, x_TD.stride(0), D),
+            *(x_TD, tail_MD, index_N, scale_N, rows_ND),
+            *(x_TD.stride(0), 0 if tail_MD is None else tail_MD.stride(0), T, D),
+            HAS_TAIL=tail_MD is not None,
             HAS_SCALE=scale_N is not None,
             **_launch_sizes(D, 4096),
         )

@@ -18,6 +18,7 @@ from deepspeed.utils import groups
 
 from ds_llep.activate import adopt
 from ds_llep.config import LLEPConfig
+from ds_llep.fetch import Exchange
 from ds_llep.layer import LLEPMoELayer
 
 
@@ -53,7 +54,8 @@ def llep_twin(layer: AutoEPMoELayer, **settings) -> LLEPMoELayer:
     twin = copy.deepcopy(layer)
     layer.ep_group = twin.ep_group = group
     settings = {"imbalance_threshold": 1.0, "min_tokens_per_gemm": 1, **settings}
-    adopt({"layer": twin}, LLEPConfig(enabled=True, **settings))
+    config = LLEPConfig(enabled=True, **settings)
+    adopt({"layer": twin}, config, Exchange.of_home_ranks(group, cache=config.weight_cache))
     return twin
 
 

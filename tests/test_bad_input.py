@@ -23,7 +23,7 @@ from deepspeed.module_inject.layers import set_autotp_mode
 from launcher import launch
 
 import ds_llep
-from ds_llep import activate
+from ds_llep import activate, compat
 
 TIMEOUT = 60
 
@@ -54,7 +54,7 @@ def start_up(
     """
     config = engines.ds_config(1, 2, llep=llep, **sections)
     try:
-        with mock.patch.dict(activate.SUPPORTED, supported or {}):
+        with mock.patch.dict(compat.SUPPORTED, supported or {}):
             engine = engines.initialize(build(), config)
     except Exception as error:
         return type(error).__name__, str(error)
@@ -169,7 +169,7 @@ def test_unsupported_deepspeed(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", {"deepspeed": "99.1"}.get)
     with pytest.raises(ValueError) as caught:
         activate.register()
-    first, last = activate.SUPPORTED["deepspeed"]
+    first, last = compat.SUPPORTED["deepspeed"]
     text = str(caught.value)
     assert f"99.1 is not one of the versions known to work ({first} to {last})" in text
     assert f'pip install "deepspeed>={first},<={last}"' in text
@@ -198,10 +198,10 @@ def test_errors_of_autoep(pools, mistake):
 
 def test_options_without_effect():
     """AutoEP's options that llep makes moot are named at start-up, the others are not."""
-    assert activate.overridden_options(parse_autoep_config({"enabled": True})) == []
+    assert compat.overridden_options(parse_autoep_config({"enabled": True})) == []
     options = {"enabled": True, "autoep_size": 2, "route_scale": 2.0}
     options |= {"combine_impl": "fused_weighted_sum", "use_grouped_mm": False}
-    found = activate.overridden_options(parse_autoep_config(options))
+    found = compat.overridden_options(parse_autoep_config(options))
     assert found == ["combine_impl", "use_grouped_mm"]
 
 
@@ -283,7 +283,7 @@ def test_one_bad_router(pools, ep_size, how, seed):
             assert kind == "ValueError", text
             assert "MoE layer 'layer'" in text
             assert BAD_ROUTERS[how] in text
-            assert f"on EP rank(s) [{results[bad_rank]['ep_rank']}]" in text
+            assert f"on rank(s) [{bad_rank}]" in text
             raised_here = how == "raises" and rank == bad_rank
             assert ("the router broke" in cause) == raised_here, cause
         else:
@@ -297,7 +297,7 @@ import deepspeed, deepspeed.comm as dist, engines, families, torch
 import ds_llep
 
 deepspeed.init_distributed()
-config = engines.ds_config(stage=3, ep_size=2, llep={})
+config = engines.ds_config(stage=3, ep_size=2, llep={"weight_source": "SOURCE"})
 engine = engines.initialize(families.build("qwen3_moe", seed=1), config)
 assert ds_llep.status(engine)["active"]
 for step in range(3):
@@ -311,16 +311,19 @@ for step in range(3):
 """
 
 
-def test_launched_job_ends(tmp_path):
+@pytest.mark.parametrize("source", ["owner", "shards"])
+def test_launched_job_ends(source, tmp_path):
     """Under the launcher, one rank's NaN ends the job, with the reason, in bounded time.
 
-    ZeRO-3 and two EP groups: the ranks of the other group wait for the failed ones in ZeRO's
-    gathers, and it takes the launcher to end them.
+    ZeRO-3 and two EP groups. Where home ranks send, the ranks of the other group wait for the
+    failed ones in ZeRO's gathers, and it takes the launcher to end them; where shards are sent,
+    all groups exchange their counts and all ranks raise.
     """
-    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(SCRIPT.replace("SOURCE", source))
     code, out = launch(4, "train.py", cwd=tmp_path, timeout=180)
     assert code != 0, out[-4000:]
     assert out.count("did step 0") == 4, out[-4000:]
     assert "did step 1" not in out
-    assert "ValueError: llep: MoE layer 'model.layers.1.mlp'" in out, out[-4000:]
-    assert "NaN or infinite on EP rank(s) [1]" in out
+    raised = out.count("ValueError: llep: MoE layer 'model.layers.1.mlp'")
+    assert raised >= (4 if source == "shards" else 2), out[-4000:]
+    assert "NaN or infinite on rank(s) [3]" in out

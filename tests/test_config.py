@@ -24,6 +24,8 @@ DEFAULTS = {
     "weight_source": "auto",
     "backward_weights": "refetch",
     "max_foreign_experts": None,
+    "max_foreign_bytes": None,
+    "weight_cache": True,
     "kernels": "auto",
     "monitor": {"enabled": False, "interval": 10},
 }
@@ -111,6 +113,9 @@ WRONG = [
     ("min_tokens_per_gemm", -1, "0"),
     *[("max_foreign_experts", value, WHOLE) for value in ("4", "auto", 4.0, False, [])],
     ("max_foreign_experts", -1, "0"),
+    *[("max_foreign_bytes", value, WHOLE) for value in ("4G", "auto", 1e9, True, [])],
+    ("max_foreign_bytes", 0, "1"),
+    *[("weight_cache", value, "boolean") for value in ("auto", 1, None)],
     *[("weight_source", value, "'auto', 'owner' or 'shards'") for value in ("home", 1, None)],
     *[("backward_weights", value, "'refetch' or 'keep'") for value in ("auto", True, None)],
     *[("kernels", value, "'auto', 'triton' or 'torch'") for value in ("cuda", False, None)],
@@ -178,6 +183,8 @@ def ratio() -> st.SearchStrategy:
             "capacity_factor": ratio(),
             "min_tokens_per_gemm": st.integers(0, 10**9),
             "max_foreign_experts": st.none() | st.integers(0, 10**6),
+            "max_foreign_bytes": st.none() | st.integers(1, 10**12),
+            "weight_cache": st.booleans(),
             "monitor": st.fixed_dictionaries(
                 {}, optional={"enabled": st.booleans(), "interval": st.integers(1, 10**9)}
             ),

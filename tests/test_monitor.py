@@ -57,6 +57,8 @@ def test_monitor(pools, enabled, tmp_path, seed):
         "load_ratio_after_max",
         "spilled_token_share",
         "foreign_experts",
+        "fetched_experts",
+        "capped_token_share",
         "bypassed_layers",
     }
     with open(written["Train_llep_load_ratio_before_max"]) as file:

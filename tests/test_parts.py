@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from ds_llep import LLEPConfig, make_plan
 from ds_llep.dispatch import combine, dispatch, make_route
 from ds_llep.experts import Activation
-from ds_llep.fetch import BundleLayout, Traffic, Workspace, add_returned
 from ds_llep.kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from ds_llep.kernels.select import select_kernels
+from ds_llep.returns import Sum
 
 CPU = select_kernels("torch", torch.device("cpu"))
 PLAN_ALWAYS = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
@@ -66,6 +66,10 @@ def test_routes_meet(routing):
         for slot, piece in zip(plan.slots(rank), rows.split(route.rows_per_slot), strict=True):
             assert (piece[:, 2] == slot).all()
             assert piece[:, 0].tolist() == sorted(piece[:, 0].tolist())
+        home_slots = route.rows_per_slot[: plan.experts_per_rank]
+        assert route.num_home_rows == sum(home_slots)
+        assert (rows[: route.num_home_rows, 2] // plan.experts_per_rank == rank).all()
+        assert (rows[route.num_home_rows :, 2] // plan.experts_per_rank != rank).all()
         assert torch.equal(rows[route.maps.arrival_position], received)
         assert len(rows) == plan.rank_load_P[rank]
         positions = route.maps.position_TK.reshape(-1)
@@ -85,7 +89,8 @@ def test_dispatch_and_combine_gradients(weighs, seed):
 
     def layer(x, scores):
         before, after = (scores, None) if weighs == "before" else (None, scores)
-        return combine(dispatch(x, before, route).sin(), after, route)
+        home_rows, foreign_rows = dispatch(x, before, route)
+        return combine(home_rows.sin(), foreign_rows.sin(), after, route)
 
     assert torch.autograd.gradcheck(layer, (x, scores))
     expected = torch.zeros_like(x)
@@ -95,50 +100,15 @@ def test_dispatch_and_combine_gradients(weighs, seed):
     assert torch.allclose(layer(x, scores), expected)
 
 
-def test_bundles(seed):
-    """What is packed by a layout comes out of its views, and gradients add up."""
-    torch.manual_seed(seed)
-    weights = [torch.randn(4, 6, 3), torch.randn(4, 3, 6), torch.randn(4, 6, 3)]
-    layout = BundleLayout.of(weights)
-    assert layout.numel == 3 * 18
-    bundles = torch.cat([weight.flatten(1) for weight in weights], dim=1)
-    for view, weight in zip(layout.views(bundles), weights, strict=True):
-        assert torch.equal(view, weight)
-        assert view.data_ptr() == bundles.data_ptr() or view.storage_offset() > 0
-
-    traffic = Traffic(
-        lent=[2, 0, 2], lent_splits=[0, 2, 1], borrowed_splits=[0] * 3, any_spill=True
-    )
-    returned = torch.randn(3, layout.numel)
-    gradients = [weight.clone() for weight in weights]
-    add_returned(gradients, returned, traffic)
-    for gradient, weight, view in zip(gradients, weights, layout.views(returned), strict=True):
-        assert torch.equal(gradient[[1, 3]], weight[[1, 3]])
-        assert torch.allclose(gradient[0], weight[0] + view[1])
-        assert torch.allclose(gradient[2], weight[2] + view[0] + view[2], atol=1e-6)
-
-
 def test_returned_gradients_are_rounded_once():
     """Helpers' bf16 gradients are summed in fp32: small ones do not vanish one by one."""
-    gradients = [torch.full((1, 1, 1), 256.0, dtype=torch.bfloat16)]
-    traffic = Traffic(lent=[0] * 8, lent_splits=[0, 8], borrowed_splits=[0, 0], any_spill=True)
-    add_returned(gradients, torch.full((8, 1), 0.5, dtype=torch.bfloat16), traffic)
-    assert gradients[0].item() == 260.0
-
-
-def test_workspace_grows_and_is_reused():
-    workspace = Workspace()
-    like = torch.empty(0)
-    with torch.inference_mode():
-        first = workspace.take(2, 10, like)
-    assert first.shape == (2, 10) and not first.is_inference()
-    assert workspace.take(1, 5, like).data_ptr() == first.data_ptr()
-    assert workspace.nbytes() == 80
-    assert workspace.take(4, 10, like).shape == (4, 10)
-    assert workspace.nbytes() == 160
-    assert workspace.take(0, 10, like).shape == (0, 10)
-    workspace.take(1, 8, torch.empty(0, dtype=torch.bfloat16))
-    assert workspace.nbytes() == 176
+    gradients = [torch.full((2, 1, 1), 256.0, dtype=torch.bfloat16)]
+    total = Sum(gradients)
+    for _ in range(8):
+        total.add(1, [torch.full((1, 1, 1), 0.5, dtype=torch.bfloat16)])
+    total.add(0, [torch.full((1, 1, 1), 4.0, dtype=torch.bfloat16)])
+    total.flush()
+    assert gradients[0].flatten().tolist() == [260.0, 260.0]
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

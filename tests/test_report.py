@@ -13,7 +13,7 @@ import torch
 from launcher import environment
 
 import ds_llep
-from ds_llep import activate, report
+from ds_llep import activate, compat, report
 
 OTHER_DEEPSPEED = """
 from importlib import metadata
@@ -52,8 +52,8 @@ def test_as_a_command(tmp_path):
             installed = ["not", "installed"]
         assert [package, *installed] in [line[: 1 + len(installed)] for line in lines], package
     assert ["ds_llep", ds_llep.__version__] in lines
-    assert out.count("supported: ") == out.count(": ok\n") - len(activate.SEAMS)
-    for owner, method, _ in activate.SEAMS:
+    assert out.count("supported: ") == out.count(": ok\n") - len(compat.SEAMS)
+    for owner, method, _ in compat.SEAMS:
         assert f"{owner.__name__}.{method}: ok" in out
     for preset in ("mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3"):
         assert preset in out
@@ -72,7 +72,7 @@ def test_as_a_command(tmp_path):
     out, err = bad.communicate(timeout=120)
     assert bad.returncode == 1
     reason = err.strip().splitlines()[-1]
-    first, last = activate.SUPPORTED["deepspeed"]
+    first, last = compat.SUPPORTED["deepspeed"]
     assert reason.startswith("ValueError: ds_llep does not work with deepspeed")
     assert f"99.1 is not one of the versions known to work ({first} to {last})" in reason
     assert f'pip install "deepspeed>={first},<={last}"' in reason
@@ -90,7 +90,7 @@ def run(monkeypatch, capsys):
 
 
 def test_unsupported_transformers(run, monkeypatch):
-    monkeypatch.setitem(activate.SUPPORTED, "transformers", ("4.0.0", "4.1.0"))
+    monkeypatch.setitem(compat.SUPPORTED, "transformers", ("4.0.0", "4.1.0"))
     code, out = run()
     assert code == 1
     assert "supported: 4.0.0 to 4.1.0: NO" in out
@@ -103,7 +103,7 @@ def test_changed_seams(run, monkeypatch):
     """A method with other arguments and one that is gone; the others stay ok."""
     layer, engine = activate.AutoEPMoELayer, activate.DeepSpeedEngine
     changed = ((layer, "forward", ("self", "tokens")), (engine, "_gone", ("self",)))
-    monkeypatch.setattr(activate, "SEAMS", (*changed, *activate.SEAMS[2:]))
+    monkeypatch.setattr(activate, "SEAMS", (*changed, *compat.SEAMS[2:]))
     code, out = run()
     assert code == 1
     assert "AutoEPMoELayer.forward: ok" not in out

@@ -27,6 +27,7 @@ from deepspeed.utils import groups
 
 from ds_llep.activate import adopt
 from ds_llep.config import LLEPConfig
+from ds_llep.fetch import Exchange
 
 SHAPES = {  # experts, hidden size, expert FFN size, experts per token, tokens per rank
     "gpt-oss-120b": (128, 2880, 2880, 4, 32768),
@@ -57,7 +58,7 @@ def main() -> None:
     # The same memory, so that the second one costs none.
     for name in ("w1", "w2", "w3"):
         getattr(llep.experts, name).data = getattr(autoep.experts, name).data
-    record = adopt({"layer": llep}, LLEPConfig(enabled=True))
+    record = adopt({"layer": llep}, LLEPConfig(enabled=True), Exchange.of_home_ranks(group))
 
     say(f"{args.shape}, {dist.get_world_size()} ranks, torch {torch.__version__}, {device_name()}")
     say(f"{'workload':>10} {'mode':>8} {'forward':>9} {'fwd+bwd':>9} {'peak GB':>8}  load ratio")

@@ -78,6 +78,56 @@ def test_triton_is_as_good_as_its_twin(size, dtype, draw, within_budget):
         within_budget(ours, twin, loop(*arguments))
 
 
+@pytest.mark.parametrize("sizes", [(5, 3), (1, 9), (0, 4), (4, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("D", [1, 17, 48, 4100])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_gather_from_two_parts_is_gather_from_both_joined(sizes, D, scaled, dtype, draw, kernels):
+    T, M = sizes
+    x_TD, tail_MD = draw.normal(T, D, dtype=dtype), draw.normal(M, D, dtype=dtype)
+    joined = torch.cat((x_TD, tail_MD))
+    # Twice as many as there are, so that some repeat, and the rows at both ends of both parts.
+    index_N = draw.index(2 * (T + M), high=T + M)
+    edges = [n for n in (0, T - 1, T, T + M - 1) if 0 <= n < T + M]
+    index_N = torch.cat((index_N, index_N.new_tensor(edges)))
+    scale_N = draw.normal(len(index_N)) if scaled else None
+    rows_ND = kernels.gather_rows(x_TD, index_N, scale_N, tail_MD=tail_MD)
+    assert rows_ND.is_contiguous() and rows_ND.dtype == dtype
+    assert torch.equal(rows_ND, kernels.gather_rows(joined, index_N, scale_N)), draw.seed
+    none = kernels.gather_rows(x_TD, index_N[:0], None, tail_MD=tail_MD)
+    assert none.shape == (0, D)
+
+
+def test_gather_from_two_parts_in_any_layout(layout, dtype, draw, kernels):
+    T, M, D = 6, 5, 21
+    x_TD, tail_MD = draw.normal(T, D, dtype=dtype), draw.normal(M, D, dtype=dtype)
+    index_N = draw.index(T + M, 2, high=T + M)[:, 1]  # a strided view
+    for parts in [
+        (layout(x_TD), tail_MD),  # the parts' row strides differ
+        (x_TD, layout(tail_MD)),
+        (layout(x_TD), layout(tail_MD)),
+        (x_TD, tail_MD[:1].expand(M, D)),
+        torch.cat((x_TD, tail_MD)).split((T, M)),  # two views of one buffer
+    ]:
+        found = kernels.gather_rows(parts[0], index_N, tail_MD=parts[1])
+        assert torch.equal(found, torch.cat(parts)[index_N]), draw.seed
+
+
+def test_gather_from_two_parts_in_float64(draw, kernels):
+    x_TD, tail_MD = draw.normal(4, 9).double() / 3, draw.normal(3, 9).double() / 3
+    index_N, scale_N = draw.permutation(7), draw.normal(7).double() / 3
+    rows_ND = kernels.gather_rows(x_TD, index_N, scale_N, tail_MD=tail_MD)
+    exact = loop_gather(torch.cat((x_TD, tail_MD)), index_N, scale_N)
+    torch.testing.assert_close(rows_ND, exact)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (0, 2), (3, 0)], ids=str)
+@pytest.mark.parametrize("index", [-1, 5])
+def test_twin_refuses_an_index_outside_both_parts(sizes, index, draw):
+    x_TD, tail_MD = draw.normal(sizes[0], 4).cpu(), draw.normal(sizes[1], 4).cpu()
+    with pytest.raises(IndexError):
+        reference.gather_rows(x_TD, torch.tensor([0, index]), tail_MD=tail_MD)
+
+
 def test_rows_longer_than_a_block(dtype, draw, kernels, within_budget):
     rows_ND, position_TK = draw.normal(3, 4100, dtype=dtype), draw.index(2, 2, high=3)
     moved = kernels.gather_rows(rows_ND, position_TK.flatten())
