@@ -102,7 +102,9 @@ class Exchange:
 
     def directory(self, rank: int) -> Directory:
         """What lies in a rank's workspace."""
-        return self._directories.setdefault(rank, Directory(self._size))
+        if rank not in self._directories:
+            self._directories[rank] = Directory(self._size)
+        return self._directories[rank]
 
     def post(self, operations: list[dist.P2POp]) -> None:
         """Start transfers. Their tensors are held until :meth:`finish`."""

@@ -35,25 +35,35 @@ class LayerContext:
     statistics: Statistics
     exchange: Exchange
     kernels: KernelSet | None = None
-    """Chosen at the first forward, when the layer is on its device."""
+    workspace_size: int | None = None
+    """Foreign experts that ``max_foreign_bytes`` makes room for; None: any number."""
+    planning: LLEPConfig | None = None
+    """The config with the limits on foreign experts made one."""
+    _prepared_for: tuple[torch.dtype, torch.device] | None = None
 
-    def workspace_size(self, weights: Sequence[torch.Tensor], like: torch.Tensor) -> int | None:
-        """How many foreign experts ``max_foreign_bytes`` makes room for; None: any number.
+    def prepare(self, weights: Sequence[torch.Tensor], like: torch.Tensor) -> None:
+        """Settle what depends on the dtype and the device that the layer runs in.
 
         Raises:
-            ValueError: on every rank, if it is not even one.
+            ValueError: on every rank, if ``max_foreign_bytes`` is less than one expert.
         """
-        limit = self.config.max_foreign_bytes
-        if limit is None:
-            return None
-        expert = sum(whole_shape(weight)[1:].numel() for weight in weights) * like.element_size()
-        if limit < expert:
-            raise ValueError(
-                f'"llep.max_foreign_bytes": {limit} is less than one expert of MoE layer '
-                f"'{self.name}', {expert} bytes in {like.dtype}. Give it {expert} or more; to "
-                'keep all experts at home, set "max_foreign_experts" to 0.'
-            )
-        return limit // expert
+        if self._prepared_for == (like.dtype, like.device):
+            return
+        self.kernels = select_kernels(self.config.kernels, like.device)
+        limit, limits = self.config.max_foreign_bytes, [self.config.max_foreign_experts]
+        if limit is not None:
+            expert = sum(whole_shape(w)[1:].numel() for w in weights) * like.element_size()
+            if limit < expert:
+                raise ValueError(
+                    f'"llep.max_foreign_bytes": {limit} is less than one expert of MoE layer '
+                    f"'{self.name}', {expert} bytes in {like.dtype}. Give it {expert} or more; to "
+                    'keep all experts at home, set "max_foreign_experts" to 0.'
+                )
+            self.workspace_size = limit // expert
+            limits.append(self.workspace_size)
+        most = min((n for n in limits if n is not None), default=None)
+        self.planning = self.config.model_copy(update={"max_foreign_experts": most})
+        self._prepared_for = like.dtype, like.device
 
 
 class LLEPMoELayer(AutoEPMoELayer):
@@ -77,13 +87,11 @@ class LLEPMoELayer(AutoEPMoELayer):
         batch, seq_len, hidden = hidden_states.shape
         x_TD = hidden_states.reshape(-1, hidden)
         context, exchange = self.llep, self.llep.exchange
-        if context.kernels is None:
-            context.kernels = select_kernels(context.config.kernels, x_TD.device)
         weights = self.experts.w1, self.experts.w2, self.experts.w3
-        size = context.workspace_size(weights, x_TD)
+        context.prepare(weights, x_TD)
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
-        scores_TK, selected_TK, plans = self._route_and_plan(x_TD, weights, size)
+        scores_TK, selected_TK, plans = self._route_and_plan(x_TD, weights)
         plan = plans[exchange.group_index]
         foreign = ForeignWeights(
             exchange,
@@ -91,15 +99,17 @@ class LLEPMoELayer(AutoEPMoELayer):
             weights,
             plans,
             like=x_TD,
-            size=size,
+            size=context.workspace_size,
             count=partial(context.statistics.count_fetched, context.index),
         )
         if exchange.always_ready:
             foreign.start()
+
         before, after = (scores_TK, None) if self.score_apply == "pre" else (None, scores_TK)
         route = make_route(selected_TK, plan, self.ep_rank, self.ep_group, context.kernels)
         home_rows, foreign_rows = dispatch(x_TD, before, route)
         job = ExpertJob(plan, exchange, foreign, keep_foreign, context.kernels)
+
         out_home, out_foreign = self.experts(
             home_rows, foreign_rows, job=job, rows_per_slot=route.rows_per_slot
         )
@@ -111,7 +121,7 @@ class LLEPMoELayer(AutoEPMoELayer):
         )
 
     def _route_and_plan(
-        self, x_TD: torch.Tensor, weights: Sequence[torch.Tensor], size: int | None
+        self, x_TD: torch.Tensor, weights: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, list[Plan]]:
         """Scores, choices and, from the counts of all, one plan for each EP group.
 
@@ -138,10 +148,7 @@ class LLEPMoELayer(AutoEPMoELayer):
         with torch.no_grad():  # AutoEP's own utilisation counter
             self.tokens_per_expert.add_(counts_E)
         exchange.renew(context.index, versions_R)
-        limits = [n for n in (context.config.max_foreign_experts, size) if n is not None]
-        config = context.config.model_copy(
-            update={"max_foreign_experts": min(limits, default=None)}
-        )
-        plans = [make_plan(counts_PE, config) for counts_PE in exchange.counts_by_group(counts_RE)]
+        counts_by_group = exchange.counts_by_group(counts_RE)
+        plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
         context.statistics.record(context.index, plans[exchange.group_index])
         return scores_TK, selected_TK, plans
