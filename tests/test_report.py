@@ -13,7 +13,7 @@ import torch
 from launcher import environment
 
 import ds_llep
-from ds_llep import activate, compat, report
+from ds_llep import compat, report
 
 OTHER_DEEPSPEED = """
 from importlib import metadata
@@ -101,9 +101,9 @@ def test_unsupported_transformers(run, monkeypatch):
 
 def test_changed_seams(run, monkeypatch):
     """A method with other arguments and one that is gone; the others stay ok."""
-    layer, engine = activate.AutoEPMoELayer, activate.DeepSpeedEngine
+    layer, engine = compat.AutoEPMoELayer, compat.DeepSpeedEngine
     changed = ((layer, "forward", ("self", "tokens")), (engine, "_gone", ("self",)))
-    monkeypatch.setattr(activate, "SEAMS", (*changed, *compat.SEAMS[2:]))
+    monkeypatch.setattr(compat, "SEAMS", (*changed, *compat.SEAMS[3:]))
     code, out = run()
     assert code == 1
     assert "AutoEPMoELayer.forward: ok" not in out
