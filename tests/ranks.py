@@ -123,6 +123,7 @@ def _rank_main(rank: int, world_size: int, port: int, pipe: Any, path: list[str]
         torch.cuda.set_device(rank)
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
+    gc.freeze()  # collections then leave out what imports made, which is most of their work
     while True:
         try:
             function, args, kwargs = pipe.recv()

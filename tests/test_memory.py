@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_llep.bench.live_bytes import StorageTracker
 from ds_llep.bench.memory import Shape, measure
 
-SOURCES = ("owner",)
+SOURCES = ("owner", "shards")
 N = 1000
 BYTES = 4 * N
 
