@@ -24,7 +24,11 @@ import torch
 from deepspeed.moe.ep_experts import GroupedExperts, get_expert_activation
 
 from ds_llep.fetch import Exchange, ForeignWeights
-from ds_llep.kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
+from ds_llep.kernels.grouped_gemm import (
+    add_grouped_gemm,
+    grouped_gemm,
+    grouped_gemm_weight_gradient,
+)
 from ds_llep.kernels.select import KernelSet
 from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
@@ -94,9 +98,12 @@ class Activation:
     def backward(
         self, grad_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of gate and up, and the activation once more: it is cheaper than saving it."""
+        """Gradients of gate and up, and the activation once more: it is cheaper than saving it.
+
+        It may take the memory of ``grad_NF``, which must be contiguous and the caller's alone.
+        """
         if self.name == "swiglu":
-            return self.kernels.swiglu_backward(grad_NF, gate_NF, up_NF)
+            return self.kernels.swiglu_backward(grad_NF, gate_NF, up_NF, into_dh=True)
         with torch.enable_grad():
             gate_NF, up_NF = gate_NF.detach().requires_grad_(), up_NF.detach().requires_grad_()
             act_NF = self.forward(gate_NF, up_NF)
@@ -217,7 +224,7 @@ def _hidden_backward(
     grad_rows = None
     if need_rows:
         grad_rows = grouped_gemm(grad_gate, w1, counts, transpose=False)
-        grad_rows += grouped_gemm(grad_up, w3, counts, transpose=False)
+        add_grouped_gemm(grad_rows, grad_up, w3, counts)
     return _HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows)
 
 

@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 
 _ALIGNMENT_BYTES = 16
+_SLICES = 4
 
 
 def grouped_gemm(
@@ -39,6 +40,29 @@ def grouped_gemm(
     for group, (start, stop) in _spans(counts):
         torch.mm(rows_ND[start:stop], matrices[group], out=out[start:stop])
     return out
+
+
+def add_grouped_gemm(
+    out_ND: torch.Tensor, rows_NF: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int]
+) -> None:
+    """``out += grouped_gemm(rows, weights, counts, transpose=False)``, in slices of the rows.
+
+    A product cannot be added where it is made, so it needs memory of its own: in slices, a quarter
+    of what the whole one would.
+
+    Args:
+        out_ND: ``[N, D]``, changed in place.
+        rows_NF: ``[N, F]``, group after group.
+        weights_GFD: ``[G, F, D]``.
+        counts: rows of each group; their sum is N.
+    """
+    num_rows, slice_rows = len(rows_NF), -(-len(rows_NF) // _SLICES) or 1
+    ends = list(accumulate(counts))
+    for first in range(0, num_rows, slice_rows):
+        last = min(first + slice_rows, num_rows)
+        within = [min(max(end, first), last) - first for end in ends]
+        some = [end - start for start, end in zip([0, *within], within, strict=False)]
+        out_ND[first:last] += grouped_gemm(rows_NF[first:last], weights_GFD, some, transpose=False)
 
 
 def grouped_gemm_weight_gradient(

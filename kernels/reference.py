@@ -129,7 +129,7 @@ def swiglu_forward(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(
-    dh_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor
+    dh_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, *, into_dh: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `swiglu_forward`, and its output once more.
 
@@ -138,6 +138,7 @@ def swiglu_backward(
 
     Args:
         dh_NF, gate_NF, up_NF: [N, F], one float dtype.
+        into_dh: h takes dh's memory, which must be nobody else's. Not differentiable then.
 
     Returns:
         (dgate, dup, h), each [N, F] in the inputs' dtype; h is bit for bit what `swiglu_forward`
@@ -150,4 +151,5 @@ def swiglu_backward(
     # d silu / d gate = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
     dgate = dh * up * (sigmoid + silu * (1 - sigmoid))
     out_dtype = gate_NF.dtype
-    return dgate.to(out_dtype), (dh * silu).to(out_dtype), (silu * up).to(out_dtype)
+    dup, h = (dh * silu).to(out_dtype), (silu * up).to(out_dtype)
+    return dgate.to(out_dtype), dup, dh_NF.copy_(h) if into_dh else h

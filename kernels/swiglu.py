@@ -80,15 +80,24 @@ def _backward_kernel(
     tl.store(h_ptr + out, (silu * up).to(h_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel, inputs_NF: tuple[torch.Tensor, ...], outputs: int) -> tuple[torch.Tensor, ...]:
-    """Runs an elementwise kernel over [N, F] inputs; its outputs are new contiguous tensors."""
+def _launch(
+    kernel, inputs_NF: tuple[torch.Tensor, ...], outputs: int, last: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Runs an elementwise kernel over [N, F] inputs.
+
+    Its outputs are new contiguous tensors, but for the last one where that is given.
+    """
     first = inputs_NF[0]
     assert all(x.dim() == 2 and x.shape == first.shape for x in inputs_NF)
     assert all(x.dtype == first.dtype for x in inputs_NF)
     N, F = first.shape
+    assert last is None or last.is_contiguous()
+    reused = () if last is None else (last,)
     outputs_NF = tuple(
-        torch.empty((N, F), dtype=first.dtype, device=first.device) for _ in range(outputs)
+        torch.empty((N, F), dtype=first.dtype, device=first.device)
+        for _ in range(outputs - len(reused))
     )
+    outputs_NF += reused
     if first.numel() == 0:
         return outputs_NF
     inputs_NF = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs_NF)
@@ -124,18 +133,21 @@ def swiglu_forward(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(
-    dh_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor
+    dh_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, *, into_dh: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `swiglu_forward`, and its output once more.
 
     Args:
         dh_NF, gate_NF, up_NF: [N, F], one dtype of fp32, bf16, fp16 (float64: the twin's job); any
             row stride.
+        into_dh: h takes dh's memory, which must be contiguous and nobody else's; every element is
+            read before it is written.
 
     Returns:
         (dgate, dup, h), each [N, F] contiguous in the inputs' dtype; h is what `swiglu_forward`
         returns.
     """
     if gate_NF.dtype == torch.float64:
-        return reference.swiglu_backward(dh_NF, gate_NF, up_NF)
-    return _launch(_backward_kernel, (dh_NF, gate_NF, up_NF), outputs=3)
+        return reference.swiglu_backward(dh_NF, gate_NF, up_NF, into_dh=into_dh)
+    last = dh_NF if into_dh else None
+    return _launch(_backward_kernel, (dh_NF, gate_NF, up_NF), outputs=3, last=last)

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from ds_llep import LLEPConfig, make_plan
 from ds_llep.dispatch import combine, dispatch, make_route
 from ds_llep.experts import Activation
-from ds_llep.kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
+from ds_llep.kernels.grouped_gemm import (
+    add_grouped_gemm,
+    grouped_gemm,
+    grouped_gemm_weight_gradient,
+)
 from ds_llep.kernels.select import select_kernels
 from ds_llep.returns import Sum
 
@@ -150,13 +154,25 @@ def test_grouped_gemm(counts, dtype, seed):
         assert error <= 2 * budget + 1e-6 * wide.norm(), (seed, counts)
 
 
+@pytest.mark.parametrize("counts", [[5, 0, 1, 10], [0, 0, 3], [0, 0], [1], [2, 1], [40, 3, 0, 129]])
+def test_add_grouped_gemm(counts, seed):
+    """Slices of the rows that cut groups, that are empty, and fewer rows than slices."""
+    torch.manual_seed(seed)
+    rows, weights = torch.randn(sum(counts), 24), torch.randn(len(counts), 24, 16)
+    out = torch.randn(sum(counts), 16)
+    rows, weights, out = (tensor.to(DEVICE) for tensor in (rows, weights, out))
+    expected = out + grouped_gemm(rows, weights, counts, transpose=False)
+    add_grouped_gemm(out, rows, weights, counts)
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("name", ["swiglu", "swiglu_oai", "swiglu_clamped", "geglu_tanh"])
 def test_activations(name, seed):
     """Backward of every form AutoEP registers, against gradcheck's finite differences."""
     torch.manual_seed(seed)
     activation = Activation(name, 1.702, 2.0, CPU)
     gate, up, grad = (torch.randn(7, 5, dtype=torch.float64) for _ in range(3))
-    grad_gate, grad_up, act = activation.backward(grad, gate, up)
+    grad_gate, grad_up, act = activation.backward(grad.clone(), gate, up)
     assert torch.allclose(act, activation.forward(gate, up))
     step = 1e-6
     for wiggled, analytic in ((0, grad_gate), (1, grad_up)):

@@ -53,6 +53,14 @@ def test_backward_recomputes_the_same_h(dtype, draw, kernels):
     assert torch.equal(h_NF, kernels.swiglu_forward(gate_NF, up_NF)), draw.seed
 
 
+def test_h_may_take_the_memory_of_dh(dtype, draw, kernels):
+    dh_NF, gate_NF, up_NF = (draw.normal(5, 37, dtype=dtype) for _ in range(3))
+    expected = kernels.swiglu_backward(dh_NF, gate_NF, up_NF)
+    found = kernels.swiglu_backward(dh_NF, gate_NF, up_NF, into_dh=True)
+    assert all(map(torch.equal, found, expected)), draw.seed
+    assert found[2].data_ptr() == dh_NF.data_ptr()
+
+
 def test_any_layout(layout, dtype, draw, kernels):
     inputs_NF = [draw.normal(5, 37, dtype=dtype) for _ in range(3)]
     # One of three, so that each input must be read with its own stride.
