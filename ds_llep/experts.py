@@ -179,11 +179,11 @@ class _ExpertMLP(torch.autograd.Function):
         return *grad_rows, *grad_weights, *[None] * 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class _HiddenBackward:
     """Gradients behind the hidden layer; those of w1 and w3 follow from the first two."""
 
-    grad_gate: torch.Tensor
+    grad_gate: torch.Tensor | None
     grad_up: torch.Tensor
     grad_w2: torch.Tensor | None
     grad_rows: torch.Tensor | None
@@ -231,12 +231,11 @@ def _hidden_backward(
 def _weight_gradients(
     step: _HiddenBackward, rows_ND: torch.Tensor, counts: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Gradients of w1, w2, w3, each ``[G, ., .]``."""
-    return [
-        grouped_gemm_weight_gradient(step.grad_gate, rows_ND, counts),
-        step.grad_w2,
-        grouped_gemm_weight_gradient(step.grad_up, rows_ND, counts),
-    ]
+    """Gradients of w1, w2, w3, each ``[G, ., .]``; gives back the gate's gradient in between."""
+    grad_w1 = grouped_gemm_weight_gradient(step.grad_gate, rows_ND, counts)
+    step.grad_gate = None
+    grad_w3 = grouped_gemm_weight_gradient(step.grad_up, rows_ND, counts)
+    return [grad_w1, step.grad_w2, grad_w3]
 
 
 def _in_dtype_of(rows: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
