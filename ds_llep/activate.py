@@ -89,9 +89,11 @@ def register() -> None:
 
     setattr(configure_expert_parallel, _MARK, True)
     DeepSpeedEngine._configure_expert_parallel = configure_expert_parallel
-    # Both write weights in ways that their version counters do not show.
+    # What writes weights in ways that their version counters do not show. Not every optimizer of
+    # DeepSpeed's steps in this process, and not every step is an engine's.
     register_optimizer_step_post_hook(weights_changed)
-    DeepSpeedEngine.load_checkpoint = _then(DeepSpeedEngine.load_checkpoint, weights_changed)
+    for name in ("_take_model_step", "load_checkpoint"):
+        setattr(DeepSpeedEngine, name, _then(getattr(DeepSpeedEngine, name), weights_changed))
 
 
 def _then(method, follow_up):

@@ -18,6 +18,7 @@ SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.22
 
 SEAMS = (
     (DeepSpeedEngine, "_configure_expert_parallel", ("self", "model")),
+    (DeepSpeedEngine, "_take_model_step", ("self",)),
     (DeepSpeedEngine, "load_checkpoint", ("self", "load_dir")),
     (AutoEPMoELayer, "forward", ("self", "hidden_states")),
     (AutoEPMoELayer, "_finalize_output", ("self", "output", "x", "hidden_states", "hdim")),

@@ -20,7 +20,7 @@ import torch
 
 from ds_llep.plan import Plan
 from ds_llep.ranks import RankTable
-from ds_llep.shards import cut, on_device, part_numel, part_of, version, whole_shape
+from ds_llep.shards import Version, cut, on_device, part_numel, part_of, whole_shape
 from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
 
 
@@ -51,8 +51,8 @@ class Exchange:
         self._token = object()
         self._size: int | None = None
         self._directories: dict[int, Directory] = {}
+        self._own_version: dict[int, Version] = {}
         self._versions: dict[int, tuple[int, ...]] = {}
-        self._in_flight: list[tuple[list[Any], list[dist.P2POp]]] = []
 
     @classmethod
     def of_home_ranks(
@@ -73,9 +73,11 @@ class Exchange:
             return [counts_RE]
         return [counts_RE[list(ranks)] for ranks in self.table.groups]
 
-    def version(self, weights: Sequence[torch.Tensor]) -> int:
+    def version(self, layer: int, weights: Sequence[torch.Tensor]) -> int:
         """What the others need to know to tell that weights which lie here have changed."""
-        return version(weights) if self.cache else 0
+        if not self.cache:
+            return 0
+        return self._own_version.setdefault(layer, Version()).of(weights)
 
     def renew(self, layer: int, versions: Sequence[int]) -> None:
         """Forget a layer's foreign experts if the version of any rank's weights is another."""
@@ -109,14 +111,14 @@ class Exchange:
     def post(self, operations: list[dist.P2POp]) -> None:
         """Start transfers. Their tensors are held until :meth:`finish`."""
         if operations:
-            self._in_flight.append((dist.batch_isend_irecv(operations), operations))
+            WORKSPACE.in_flight.append((dist.batch_isend_irecv(operations), operations))
 
     def finish(self) -> None:
         """Wait, on the current stream, for all that was posted."""
-        for works, _ in self._in_flight:
+        for works, _ in WORKSPACE.in_flight:
             for work in works:
                 work.wait()
-        self._in_flight.clear()
+        WORKSPACE.in_flight.clear()
 
 
 class ForeignWeights:
@@ -156,10 +158,12 @@ class ForeignWeights:
 
     def start(self) -> None:
         """Start to send and receive what helpers do not have yet; nothing where all have all."""
+        exchange, table = self._exchange, self._exchange.table
+        # Also where nothing spills: other EP groups of this engine may spill, and for an engine
+        # with wider groups the workspace must have changed hands on all of its ranks or on none.
+        exchange.open_workspace((self.layout, self._like.dtype, self._like.device), self._size)
         if not self._wanted:
             return
-        exchange, table = self._exchange, self._exchange.table
-        exchange.open_workspace((self.layout, self._like.dtype, self._like.device), self._size)
         missing = {}
         for rank, experts in self._wanted.items():
             places, missing[rank] = exchange.directory(rank).place(self._layer, experts)

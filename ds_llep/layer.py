@@ -141,7 +141,7 @@ class LLEPMoELayer(AutoEPMoELayer):
                 exchange.group,
                 x_TD.device,
                 context.name,
-                exchange.version(weights),
+                exchange.version(context.index, weights),
             )
         except ValueError as error:
             raise error from failure

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ds_llep.ranks import RankTable
 
@@ -90,17 +91,28 @@ def weights_changed(*_: Any) -> None:
     _changes += 1
 
 
-def version(params: Sequence[torch.Tensor]) -> int:
-    """A number, below 2**62, that changes whenever this rank's part of these weights may have.
+class Version:
+    """Numbers the states that this rank's part of some weights is seen in.
 
     In-place writes and new memory show in the tensors themselves. Optimizer steps and checkpoints
     write around PyTorch's version counters and are told through :func:`weights_changed`.
     """
-    state = [_changes]
-    for param in params:
-        held = param.ds_tensor if is_sharded(param) else param
-        state += [held.data_ptr(), 0 if held.is_inference() else held._version]
-    return hash(tuple(state)) % 2**62
+
+    def __init__(self) -> None:
+        self._state: list[Any] = []
+        self._number = 0
+
+    def of(self, params: Sequence[torch.Tensor]) -> int:
+        """Another number than the last time if the weights may have changed since."""
+        state: list[Any] = [_changes]
+        for param in params:
+            held = param.ds_tensor if is_sharded(param) else param
+            # Memory by a weak reference: while that is held, no new memory looks the same.
+            state.append(StorageWeakRef(held.untyped_storage()))
+            state += [held.storage_offset(), 0 if held.is_inference() else held._version]
+        if state != self._state:
+            self._state, self._number = state, self._number + 1
+        return self._number
 
 
 def why_not_shards(zero_config: Any) -> str | None:

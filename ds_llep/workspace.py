@@ -41,6 +41,8 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[torch.device, torch.Tensor] = {}
         self._claimed_by: Any = None
+        self.in_flight: list[tuple[list[Any], list[Any]]] = []
+        """Works that may still write here, each with what it must not outlive."""
 
     def claim(self, claimant: Any) -> bool:
         """Whether somebody else has had the workspace since ``claimant`` last claimed it."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ds_llep import shards
 from ds_llep.ranks import RankTable
-from ds_llep.shards import check_weight_source, choose_weight_source, cut, version
+from ds_llep.shards import Version, check_weight_source, choose_weight_source, cut
 from ds_llep.workspace import BundleLayout, Directory, Workspace
 
 
@@ -40,10 +40,11 @@ def test_version_sees_every_kind_of_change():
     whole = torch.nn.Parameter(torch.randn(3, 4))
     sharded = torch.nn.Parameter(torch.empty(0))
     sharded.ds_tensor = torch.randn(6)
-    seen = [version([whole, sharded])]
+    version = Version()
+    seen = [version.of([whole, sharded])]
 
     def changed() -> bool:
-        seen.append(version([whole, sharded]))
+        seen.append(version.of([whole, sharded]))
         return seen[-1] not in seen[:-1]
 
     assert not changed()
@@ -55,11 +56,12 @@ def test_version_sees_every_kind_of_change():
     with torch.no_grad():
         sharded.ds_tensor.narrow(0, 2, 2).copy_(torch.zeros(2))
     assert changed()
-    whole.data = torch.randn(3, 4)
-    assert changed()
+    for _ in range(4):
+        whole.data = whole.data * 3
+        whole.data = whole.data * 3  # the allocator may give the first memory once more
+        assert changed()
     shards.weights_changed()
     assert changed()
-    assert all(0 <= value < 2**62 for value in seen)
 
 
 def table(*groups: tuple[int, ...], nodes: str) -> RankTable:
