@@ -188,7 +188,8 @@ def status(engine: Any) -> dict[str, Any]:
         ``kernels``, and one list entry a layer, from this rank's EP group and last micro-batch, of
         ``load_ratio_before``, ``load_ratio_after``, ``bypassed``, ``spilled_tokens``,
         ``foreign_experts`` and ``fetched_experts`` (of all ranks of the group together; the latter
-        in forward and backward, without those that the cache had), ``capped_tokens``.
+        since the layer last planned, in forward and backward, without those that the cache had),
+        ``capped_tokens``.
 
     Raises:
         ValueError: not a DeepSpeed engine.

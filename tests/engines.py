@@ -7,7 +7,9 @@ that rounding cannot send a token elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import types
+from unittest import mock
 
 import deepspeed
 import deepspeed.comm as dist
@@ -28,19 +30,24 @@ def ds_config(
     dtype: str = "fp32",
     llep: dict | None = None,
     lr: float = 1e-2,
+    zero: dict | None = None,
     **sections,
 ) -> dict:
-    """A DeepSpeed config; ``llep=None`` leaves the section out."""
+    """A DeepSpeed config; ``llep=None`` leaves the section out, ``zero`` adds to ZeRO's."""
     ep_size = fit(ep_size)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 1_000_000,
-        "optimizer": {"type": "AdamW", "params": {"lr": lr, "torch_adam": True, "eps": 1e-4}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": lr, "torch_adam": True, "eps": 1e-4, "weight_decay": 0.01},
+        },
         "zero_optimization": {
             "stage": stage,
             "stage3_param_persistence_threshold": 0,
             "reduce_bucket_size": 10_000,
+            **(zero or {}),
         },
         "expert_parallel": {"enabled": True, "autoep_size": ep_size},
     }
@@ -64,8 +71,33 @@ def initialize(model: torch.nn.Module, config: dict):
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
+@contextlib.contextmanager
+def sizes(num_experts: int, hidden: int = 72, ffn: int = 40, num_layers: int = 2):
+    """``build("qwen3_moe")`` and ``batch`` make models and inputs of these sizes."""
+    usual = families.FAMILIES["qwen3_moe"]
+
+    def config():
+        changed = usual()
+        # Set one by one: in a dict of the whole config an expert's number has two names.
+        changed.num_experts, changed.moe_intermediate_size = num_experts, ffn
+        return changed
+
+    small = {"hidden_size": hidden, "num_hidden_layers": num_layers}
+    with (
+        mock.patch.dict(families.SMALL, small),
+        mock.patch.dict(families.FAMILIES, qwen3_moe=config),
+    ):
+        yield
+
+
 def moe_layers(module: torch.nn.Module) -> list[AutoEPMoELayer]:
     return [layer for layer in module.modules() if isinstance(layer, AutoEPMoELayer)]
+
+
+def expert_weights(engine) -> list[torch.nn.Parameter]:
+    """w1, w2, w3 of the first layer, of the second, ..."""
+    experts = [layer.experts for layer in moe_layers(engine.module)]
+    return [weight for module in experts for weight in (module.w1, module.w2, module.w3)]
 
 
 def enable_checkpointing(model: torch.nn.Module, kind: str) -> None:
@@ -139,6 +171,32 @@ def engine_gradients(engine, inputs: dict, ids: list[torch.Tensor]) -> dict:
     return found
 
 
+@contextlib.contextmanager
+def point_to_point(engine):
+    """Record what this rank sends and receives in batches of messages, and where.
+
+    Yields ``{"isend": {key: [bytes of each message]}, "irecv": likewise, "passed": [place]}``. A
+    place is an MoE layer's index and a direction; a key is a place, the size of the group, sender
+    and receiver.
+    """
+    rank, post = dist.get_rank(), dist.batch_isend_irecv
+    found = {"isend": {}, "irecv": {}, "passed": []}
+
+    def record(operations):
+        for op in operations:
+            ends = (rank, op.peer) if op.op == "isend" else (op.peer, rank)
+            key = (*found["passed"][-1], dist.get_world_size(group=op.group), *ends)
+            found[op.op].setdefault(key, []).append(op.tensor.nbytes)
+        return post(operations)
+
+    for index, layer in enumerate(moe_layers(engine.module)):
+        ahead, back = (index, "forward"), (index, "backward")
+        layer.register_forward_pre_hook(lambda *_, at=ahead: found["passed"].append(at))
+        layer.register_full_backward_pre_hook(lambda *_, at=back: found["passed"].append(at))
+    with mock.patch.object(dist, "batch_isend_irecv", record):
+        yield found
+
+
 def reference_gradients(model, inputs: dict, ids: list[torch.Tensor], ep_size: int) -> dict:
     """The same from the unsharded fp64 model, with AutoEP's names and this rank's experts."""
     force_hf_routing(model, ids)
@@ -196,7 +254,8 @@ def reference_curve(
     """Losses by micro-step and gradient norms by step of the fp64 model, with AdamW, clipping."""
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = ds_config(0, ep_size)["optimizer"]["params"]
-    optimizer = torch.optim.AdamW(params, lr=settings["lr"], eps=settings["eps"], weight_decay=0.0)
+    del settings["torch_adam"]  # not PyTorch's own
+    optimizer = torch.optim.AdamW(params, **settings)
     model.to(get_accelerator().current_device_name())
     losses, norms = [], []
     for micro_step in range(steps * gas):

@@ -126,12 +126,6 @@ MISTAKES = {
         expert_parallel(comm_backend="deepep", comm_max_tokens_per_rank=64),
         ['"llep"', '"expert_parallel.comm_backend"', '"deepep"', '"comm"'],
     ),
-    "shards": (
-        moe,
-        {"weight_source": "shards"},
-        {},
-        ['"llep.weight_source": "shards"', "not available yet", '"owner" or "auto"'],
-    ),
 }
 if not torch.cuda.is_available():
     MISTAKES["Triton on a CPU"] = (
