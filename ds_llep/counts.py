@@ -43,7 +43,7 @@ def gather_counts(
         ValueError: on every rank, if any rank's routing is unusable.
     """
     report = torch.zeros(num_experts + _EXTRA_FIELDS, dtype=torch.int64, device=device)
-    report[-1] = version
+    report[-1:].fill_(version)  # assigned to an element, it would wait for the device
     if selected_TK is None:
         report[-2] = 1
     else:
