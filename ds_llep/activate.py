@@ -99,9 +99,10 @@ def register() -> None:
 def _then(method, follow_up):
     @functools.wraps(method)
     def wrapper(*args, **kwargs):
-        result = method(*args, **kwargs)
-        follow_up()
-        return result
+        try:
+            return method(*args, **kwargs)
+        finally:
+            follow_up()
 
     return wrapper
 

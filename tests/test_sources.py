@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import deepspeed
 import deepspeed.comm as dist
 import engines
 import layers
@@ -203,6 +204,40 @@ def test_what_autoep_refuses(pools, options, fragment):
     assert off == auto == shards
     for kind, text in off:
         assert kind == "AssertionError" and "AutoEP" in text and fragment in text, text
+
+
+def made_under_zero_init(seed: int, steps: int = 3) -> dict:
+    """Losses where parameters are partitioned before AutoEP sees them, of AutoEP and ours."""
+    losses = {}
+    for name, llep in (("AutoEP", None), ("ours", {**SHARDS, "weight_cache": True})):
+        config, found = engines.ds_config(3, 2, "fp32", llep), losses.setdefault(name, [])
+        plain = {
+            key: value for key, value in config.items() if key not in ("expert_parallel", "llep")
+        }
+        source = build("qwen3_moe", seed)
+        with deepspeed.zero.Init(config_dict_or_path=plain):
+            model = type(source)(source.config)
+        for ours, theirs in zip(model.parameters(), source.parameters(), strict=True):
+            with deepspeed.zero.GatheredParameters([ours], modifier_rank=0), torch.no_grad():
+                ours.copy_(theirs)
+        engine = engines.initialize(model, config)
+        for step in range(steps):
+            engines.set_routing(engine.module, engines.routing("hot_rank", source.config, 2, seed))
+            loss = engine(**engines.batch(torch.float32, seed + step)).loss
+            engine.backward(loss)
+            engine.step()
+            found.append(engines.mean_over_ranks(loss))
+        status = ds_llep.status(engine)
+        engine.destroy()
+    return {"losses": losses, "status": status}
+
+
+def test_zero_init(pools, seed):
+    for result in pools(4).run(made_under_zero_init, seed, timeout=TIMEOUT):
+        ours, theirs = result["losses"]["ours"], result["losses"]["AutoEP"]
+        assert ours == pytest.approx(theirs, rel=1e-5) and len(set(ours)) == len(ours)
+        assert result["status"]["weight_source"] == "shards"
+        assert sum(result["status"]["fetched_experts"]) > 0
 
 
 def status_of(stage: int, ep_size: int, seed: int) -> dict:
