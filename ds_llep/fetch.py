@@ -62,11 +62,6 @@ class Exchange:
         table = RankTable.of_group(ep_group)
         return cls(table, ep_group, sharded=False, always_ready=always_ready, cache=cache)
 
-    @property
-    def group_index(self) -> int:
-        """This process's EP group among those of the table."""
-        return self.table.group_index
-
     def counts_by_group(self, counts_RE: np.ndarray) -> list[np.ndarray]:
         """Counts of the ranks of :attr:`group`, in its order, as ``[P, E]`` of each EP group."""
         if not self.sharded:
@@ -169,7 +164,7 @@ class ForeignWeights:
             places, missing[rank] = exchange.directory(rank).place(self._layer, experts)
             if rank == table.rank:
                 self._places = places
-        self._count(sum(len(missing.get(rank, ())) for rank in table.groups[table.group_index]))
+        self._count(sum(len(missing.get(rank, ())) for rank in table.own_group))
         if any(missing.values()):
             exchange.finish()  # a place may be given anew while data is still on its way there
             exchange.post(self._transfers(missing))

@@ -92,7 +92,7 @@ class LLEPMoELayer(AutoEPMoELayer):
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
         scores_TK, selected_TK, plans = self._route_and_plan(x_TD, weights)
-        plan = plans[exchange.group_index]
+        plan = plans[exchange.table.group_index]
         foreign = ForeignWeights(
             exchange,
             context.index,
@@ -150,5 +150,5 @@ class LLEPMoELayer(AutoEPMoELayer):
         exchange.renew(context.index, versions_R)
         counts_by_group = exchange.counts_by_group(counts_RE)
         plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
-        context.statistics.record(context.index, plans[exchange.group_index])
+        context.statistics.record(context.index, plans[exchange.table.group_index])
         return scores_TK, selected_TK, plans

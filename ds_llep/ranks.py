@@ -35,9 +35,14 @@ class RankTable:
         return len(self.groups)
 
     @property
+    def own_group(self) -> tuple[int, ...]:
+        """Global ranks of this process's EP group, by EP rank."""
+        return self.groups[self.group_index]
+
+    @property
     def rank(self) -> int:
         """This process's global rank."""
-        return self.groups[self.group_index][self.ep_rank]
+        return self.own_group[self.ep_rank]
 
     @classmethod
     def of_group(cls, ep_group: dist.ProcessGroup) -> RankTable:

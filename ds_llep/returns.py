@@ -28,7 +28,7 @@ class GradientReturn:
 
     def __init__(self, exchange: Exchange, plan: Plan) -> None:
         self._exchange, self._plan = exchange, plan
-        self._ranks = exchange.table.groups[exchange.table.group_index]
+        self._ranks = exchange.table.own_group
         ep_rank = exchange.table.ep_rank
         slots = {expert: slot for slot, expert in enumerate(plan.foreign_experts(ep_rank))}
         by_home = [0] * plan.num_ranks

@@ -127,6 +127,12 @@ def over_budget(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, t
     }
 
 
+def unequal(ours: dict, theirs: dict) -> list[str]:
+    """Names of what is not the same bit for bit, as NaN never is."""
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
 SMALL = 512  # elements; the error of fewer is too much of a random draw to hold to a budget
 
 

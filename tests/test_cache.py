@@ -42,12 +42,6 @@ def fixed(*experts_of_token: tuple[int, int, int]) -> list[torch.Tensor]:
     return [ids.to(engines.get_accelerator().current_device_name())] * 2
 
 
-def unequal(ours: dict, theirs: dict) -> list[str]:
-    """Names of what is not the same bit for bit, as NaN never is."""
-    assert ours.keys() == theirs.keys()
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
-
-
 def micro_batches(stage: int, source: str, cache: bool, seed: int) -> tuple[list, dict]:
     """Traffic of two steps of three micro-batches and two evaluations; logits and gradients."""
     llep = {"max_foreign_bytes": 8 * EXPERT, "weight_source": source, "weight_cache": cache}
@@ -85,7 +79,12 @@ def with_and_without(stage: int, source: str, seed: int) -> dict:
     off, expected = micro_batches(stage, source, False, seed)
     trained = not torch.equal(tensors["logits 0"], tensors["logits 6"])
     tensors["again"], expected["again"] = tensors["logits 7"], tensors["logits 6"]
-    return {"different": unequal(tensors, expected), "trained": trained, "on": on, "off": off}
+    return {
+        "different": layers.unequal(tensors, expected),
+        "trained": trained,
+        "on": on,
+        "off": off,
+    }
 
 
 @pytest.mark.parametrize("stage, source", [(2, "owner"), (3, "owner"), (3, "shards")])
@@ -232,7 +231,7 @@ def together_and_alone(stages: tuple[int, int], seed: int) -> dict:
     settings = [(stages[0], 2), (stages[1], 4)]
     together = alternate(settings, (0, 1), seed)
     alone = alternate(settings, (0,), seed)[0], alternate(settings, (1,), seed)[1]
-    different = [unequal(*pair) for pair in zip(together, alone, strict=True)]
+    different = [layers.unequal(*pair) for pair in zip(together, alone, strict=True)]
     return {"different": different, "spilled": [engine["spilled"].tolist() for engine in alone]}
 
 

@@ -61,12 +61,6 @@ def run(stacked: list, seed: int, checkpointing: str = "none") -> dict:
     return found
 
 
-def unequal(ours: dict, theirs: dict) -> list[str]:
-    """Names of what is not the same bit for bit, as NaN never is."""
-    assert ours.keys() == theirs.keys()
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
-
-
 def fetches(num_layers: int, checkpointing: str, settings: dict, seed: int) -> dict:
     """Experts that this rank borrows, and that it receives in each of two equal micro-batches."""
     plain = {"max_foreign_bytes": settings["max_foreign_bytes"], "weight_cache": False}
@@ -76,7 +70,7 @@ def fetches(num_layers: int, checkpointing: str, settings: dict, seed: int) -> d
     with watched() as log:
         for _ in range(2):
             log.received, log.plans = 0, []
-            result["different"] += unequal(run(stacked, seed, checkpointing), expected)
+            result["different"] += layers.unequal(run(stacked, seed, checkpointing), expected)
             result["received"].append(log.received / 3)  # as many matrices
         plans = log.plans[:num_layers]
         result["borrowed"] = sum(len(plan.foreign_experts(dist.get_rank())) for plan in plans)
@@ -187,7 +181,7 @@ def returned(seed: int) -> dict:
         with mock.patch("ds_llep.returns.BUNDLES_PER_ROUND", bundles), watched() as log:
             found.append(run(stack(2, 4, seed), seed))
     homes = Counter(spill.home for spill in log.plans[0].spills)
-    different = [name for other in found[1:] for name in unequal(other, found[0])]
+    different = [name for other in found[1:] for name in layers.unequal(other, found[0])]
     return {"different": different, "spills": max(homes.values())}
 
 
