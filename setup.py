@@ -1,6 +1,7 @@
 from setuptools import find_namespace_packages, setup
 
 EXAMPLES = ["transformers>=5.17,<5.23", "accelerate>=1.10,<2", "tqdm"]
+TOOLS = ["rich>=13", "matplotlib>=3.9,<4"]  # what the commands of ds-llep print and draw with
 
 setup(
     name="ds_llep",
@@ -11,6 +12,8 @@ setup(
     # kernels/ is installed as ds_llep.kernels through the symlink ds_llep/kernels, and has no
     # __init__.py: a top-level package of that name would hide the one that transformers imports.
     packages=find_namespace_packages(include=["ds_llep*"]),
+    package_data={"ds_llep.bench": ["*.npz"]},
+    entry_points={"console_scripts": ["ds-llep = ds_llep.cli:main"]},
     install_requires=[
         "deepspeed==0.19.8",
         "torch>=2.11,<2.14",
@@ -22,7 +25,8 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
+        "tools": TOOLS,
         # ruff is kept to one minor version: another one may format differently.
-        "dev": [*EXAMPLES, "pytest>=8", "hypothesis>=6", "ruff>=0.17,<0.18", "build>=1"],
+        "dev": [*EXAMPLES, *TOOLS, "pytest>=8", "hypothesis>=6", "ruff>=0.17,<0.18", "build>=1"],
     },
 )

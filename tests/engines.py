@@ -19,7 +19,9 @@ import workloads
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from layers import fit, force_routing
+from layers import fit
+
+from ds_llep.bench.routing import force_routing
 
 SEQ_LEN = 24
 
@@ -134,7 +136,7 @@ def routing(workload: str, config, ep_size: int, seed: int) -> list[torch.Tensor
 
 
 def force_hf_routing(model: torch.nn.Module, ids: list[torch.Tensor]) -> None:
-    """:func:`layers.force_routing` for an unsharded Qwen3-MoE."""
+    """:func:`~ds_llep.bench.routing.force_routing` for an unsharded Qwen3-MoE."""
 
     def forward(gate, hidden):
         logits = torch.nn.functional.linear(hidden, gate.weight)

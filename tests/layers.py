@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 
 import deepspeed.comm as dist
 import families
@@ -13,10 +12,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.utils import groups
 
 from ds_llep.activate import adopt
+from ds_llep.bench.routing import force_routing
 from ds_llep.config import LLEPConfig
 from ds_llep.fetch import Exchange
 from ds_llep.layer import LLEPMoELayer
@@ -57,22 +56,6 @@ def llep_twin(layer: AutoEPMoELayer, **settings) -> LLEPMoELayer:
     config = LLEPConfig(enabled=True, **settings)
     adopt({"layer": twin}, config, Exchange.of_home_ranks(group, cache=config.weight_cache))
     return twin
-
-
-def force_routing(layer: AutoEPMoELayer, ids_TK: torch.Tensor) -> None:
-    """Fix the experts that a layer's router chooses; their scores stay the router's own."""
-
-    def forward(router, x_TD, expert_bias=None):
-        logits = router.gate(x_TD).float()
-        sigmoid = router.score_func == "sigmoid"
-        scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, dim=-1)
-        top_TK = scores.gather(1, ids_TK)
-        if router.route_norm:
-            top_TK = top_TK / (top_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        counts_E = count_tokens_per_expert(ids_TK, router.num_experts)
-        return top_TK * router.route_scale, ids_TK, counts_E
-
-    layer.router.forward = types.MethodType(forward, layer.router)
 
 
 def draw(layer, workload: str, num_tokens: int, dtype: torch.dtype, seed: int):

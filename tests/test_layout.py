@@ -41,6 +41,8 @@ ROOMS = {
     ),
     "__init__": ({"activate", "config", "plan"}, set()),
     "run": (set(), set()),
+    "cli": (set(), set()),
+    "__main__": ({"cli"}, set()),
     "report": (
         {"__init__", "compat", "kernels.reference"} | KERNELS,
         {"torch", "transformers", "triton", "deepspeed"},
