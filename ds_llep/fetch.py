@@ -21,6 +21,7 @@ import torch
 from ds_llep.plan import Plan
 from ds_llep.ranks import RankTable
 from ds_llep.shards import Version, cut, on_device, part_numel, part_of, whole_shape
+from ds_llep.timeline import part
 from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
 
 
@@ -233,5 +234,6 @@ class _StartInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TD):
-        ctx.foreign.start()
+        with part("fetch backward"):
+            ctx.foreign.start()
         return grad_TD, None
