@@ -50,7 +50,7 @@ ROOMS = {
     ),
     "__init__": ({"activate", "config", "plan"}, set()),
     "run": (set(), set()),
-    "cli": (set(), set()),
+    "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),
     "report": (
         {"__init__", "compat", "kernels.reference"} | KERNELS,
