@@ -8,15 +8,16 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
-from ds_llep.bench import workloads
+from ds_llep.bench.records import find_workload
 from ds_llep.bench.shapes import Shape
+from ds_llep.bench.workloads import Draw
 
 
 class Batch:
     """Inputs, output gradients and routing of this rank.
 
     Args:
-        workload: its name; ``R:local`` means as many hot experts as a rank has at home.
+        workload: its name.
         shape: of the layers.
         ep_size: ranks of an EP group.
         seed: of tokens and routing.
@@ -29,8 +30,7 @@ class Batch:
     def __init__(
         self, workload: str, shape: Shape, ep_size: int, seed: int, like: torch.Tensor
     ) -> None:
-        local = f":{shape.num_experts // ep_size}"
-        self._workload = workloads.parse(workload.replace(":local", local))
+        self._workload = find_workload(workload, shape, ep_size)
         self._shape, self._ep_size, self._seed, self._like = shape, ep_size, seed, like
         # Kept, since every mode runs the same steps.
         self.ids = functools.lru_cache(None)(self._ids)
@@ -50,9 +50,9 @@ class Batch:
         ids_TK = self._workload.expert_ids(self._draw(step, layer, dist.get_rank()))
         return torch.from_numpy(ids_TK).to(self._like.device)
 
-    def _draw(self, step: int, layer: int, source: int) -> workloads.Draw:
+    def _draw(self, step: int, layer: int, source: int) -> Draw:
         E, K, tokens = self._shape.num_experts, self._shape.top_k, self._shape.tokens
-        return workloads.Draw(E, K, tokens, source, layer, step, self._seed)
+        return Draw(E, K, tokens, source, layer, step, self._seed)
 
     def _draw_tokens(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         like, size = self._like, (1, number, self._shape.hidden_size)

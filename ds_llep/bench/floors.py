@@ -1,9 +1,83 @@
-from types import SimpleNamespace
+"""What each part of a layer takes at least: its FLOP or bytes at the machine's best rate.
+
+A floor assumes that nothing pads, waits or starts. So no part can be faster as the algorithm
+stands, and what is above its floor is what work on that part could win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ds_llep.bench.cost import traffic
+from ds_llep.bench.machine import Machine, find, seconds
+from ds_llep.bench.shapes import Shape
+from ds_llep.plan import Plan
 
 
-def rates(path, device, dtype):
-    return SimpleNamespace(dense_rate=5e10)
+def of_parts(
+    machine: Machine, plans: Sequence[Plan], shape: Shape, rank: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Milliseconds of each part of :class:`~ds_llep.timeline.Timeline` that has a floor.
+
+    Args:
+        machine: with its best rates, inside a node.
+        plans: of the layers of one step.
+        shape: the layers'.
+        rank: in the EP group.
+        dtype: of the rows.
+    """
+    total: dict[str, float] = {}
+    for plan in plans:
+        for name, value in _of_layer(machine, plan, shape, rank, dtype).items():
+            *outer, _ = name.split("/")
+            for key in (name, *outer):
+                total[key] = total.get(key, 0.0) + 1e3 * value
+    return total
 
 
-def of_parts(*a):
-    return {}
+def _of_layer(
+    machine: Machine, plan: Plan, shape: Shape, rank: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Seconds of the innermost parts of one layer."""
+    row_bytes = shape.hidden_size * dtype.itemsize
+    rows_PP = traffic(plan)
+    sent, received = rows_PP[rank], rows_PP[:, rank]
+    crossing = max(sent.sum() - sent[rank], received.sum() - received[rank])
+    link = float(seconds(machine.all_to_all_inside, crossing * row_bytes))
+    copies, rows = int(sent.sum()), int(received.sum())
+    tokens = copies // shape.top_k
+
+    def passes(moved: int) -> float:
+        return moved * row_bytes / machine.memory_rate
+
+    # Read or written once each: the tokens, their copies in send order, the rows by expert.
+    there, back = passes(tokens + copies + 2 * rows), passes(2 * rows + copies + tokens)
+    first, last = rank * plan.experts_per_rank, (rank + 1) * plan.experts_per_rank
+    home = int(plan.tokens_EP[first:last, rank].sum())
+    gemm = {
+        "home experts": shape.gemm_flop(home) / machine.dense_rate,
+        "foreign experts": shape.gemm_flop(rows - home) / machine.dense_rate,
+    }
+    return {
+        "counts": machine.latency_inside,
+        "dispatch/rows": there,
+        "dispatch/all-to-all": link,
+        **gemm,
+        "combine/rows": back,
+        "combine/all-to-all": link,
+        # The scores' gradient reads the copies and the tokens once more.
+        "combine backward/rows": there + passes(copies + tokens),
+        "combine backward/all-to-all": link,
+        **{f"{name} backward": 2 * value for name, value in gemm.items()},
+        "dispatch backward/rows": back,
+        "dispatch backward/all-to-all": link,
+    }
+
+
+def rates(path: str | None, device: torch.device, dtype: torch.dtype) -> Machine:
+    """The machine of that name or file; without one, this machine, measured now by all ranks."""
+    if path is not None:
+        return find(path)
+    raise NotImplementedError

@@ -31,15 +31,13 @@ def launched() -> bool:
     return "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
 
 
-def start(args: argparse.Namespace, argv: list[str]) -> int:
-    """Run ``python -m ds_llep ARGV`` on ranks of its own; the exit code.
+def number_to_start(args: argparse.Namespace) -> int:
+    """How many ranks the options ask for.
 
     Raises:
-        ValueError: fewer devices than ranks.
+        ValueError: fewer devices than ranks, or no rank.
     """
-    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
-    if args.device == "cuda" and not gpus:
-        raise ValueError("--device cuda, but PyTorch finds no GPU; leave it out or use cpu")
+    gpus = _gpus(args)
     ranks = args.ranks if args.ranks is not None else gpus or 2
     if ranks < 1:
         raise ValueError(f"--ranks {ranks}; valid is 1 or more")
@@ -48,13 +46,24 @@ def start(args: argparse.Namespace, argv: list[str]) -> int:
             f"too few devices: --ranks {ranks}, but PyTorch finds {gpus} GPU(s). Use --ranks "
             f"{gpus} or fewer, --device cpu, or a launcher with more machines"
         )
-    if not gpus:
+    return ranks
+
+
+def start(args: argparse.Namespace, argv: list[str]) -> int:
+    """Run ``python -m ds_llep ARGV`` on ranks of its own; the exit code.
+
+    Raises:
+        ValueError: as :func:`number_to_start`.
+    """
+    ranks = number_to_start(args)
+    if not _gpus(args):
         os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
+        run_id="ds-llep",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         monitor_interval=0.1,
@@ -64,6 +73,13 @@ def start(args: argparse.Namespace, argv: list[str]) -> int:
     except ChildFailedError as error:
         return max(failure.exitcode for failure in error.failures.values())
     return 0
+
+
+def _gpus(args: argparse.Namespace) -> int:
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    if args.device == "cuda" and not gpus:
+        raise ValueError("--device cuda, but PyTorch finds no GPU; leave it out or use cpu")
+    return gpus
 
 
 def join(args: argparse.Namespace) -> torch.device:

@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import deepspeed.comm as dist
 
-from ds_llep.bench import compare, output, ranks
+from ds_llep.bench import compare, machine, output, ranks
 from ds_llep.bench.records import MODES, PARTS, Settings
 from ds_llep.bench.session import Session, WrongResults
 from ds_llep.bench.shapes import PRESETS, Shape, preset
@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
         return compare.show(*args.compare)
     settings = read_settings(args)
     if not ranks.launched():
+        settings.check(ranks.number_to_start(args))
         output.check_writable(args.json)
+        if args.machine:
+            machine.find(args.machine)
         return ranks.start(args, sys.argv[1:])
     try:
         return measure(args, settings)
@@ -180,11 +183,11 @@ def show(settings: Settings, records: list[dict]) -> None:
                 record["workload"],
                 record["mode"],
                 f"{before:.2f} -> {after:.2f}" if record["mode"] == "llep" else f"{before:.2f}",
-                f"{record['spilled_experts']}, {record['spilled_bytes'] / 1e6:.0f} MB",
+                f"{record['spilled_experts']:.3g}, {record['spilled_bytes'] / 1e6:.3g} MB",
                 output.number(record["forward_ms"]),
                 output.number(record["forward_backward_ms"]),
                 output.number(record["step_ms"]),
-                output.number(record["peak_bytes"] / 1e9),
+                f"{record['peak_bytes'] / 1e9:.3g}",
                 output.number(record["ratio_to_ep"]),
                 output.number(record["ratio_to_ep_balanced"]),
                 output.number(record["ratio_to_floor"]),
@@ -198,8 +201,13 @@ def show(settings: Settings, records: list[dict]) -> None:
 
 def show_breakdown(record: dict) -> None:
     floors = record["breakdown_floor_ms"]
+    whole = record["forward_backward_ms"] or record["forward_ms"]
+    parts = dict(record["breakdown_ms"])
+    if whole is not None:
+        known = sum(mean for name, (mean, _) in parts.items() if "/" not in name)
+        parts["all the rest"] = (whole - known, None)
     rows = []
-    for name, (mean, slowest) in record["breakdown_ms"].items():
+    for name, (mean, slowest) in parts.items():
         floor = floors.get(name)
         *outer, last = name.split("/")
         gap = None if floor is None else slowest - floor

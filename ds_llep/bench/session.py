@@ -55,11 +55,7 @@ class Session:
         self.world = dist.get_world_size()
         self.ep_size = settings.ep_size or self.world
         shape = settings.shape
-        if self.ep_size < 1 or self.world % self.ep_size or shape.num_experts % self.ep_size:
-            raise ValueError(
-                f"EP size {self.ep_size} must divide both the {self.world} ranks and the "
-                f"{shape.num_experts} experts"
-            )
+        settings.check(self.world)
         auto = "float32" if device.type == "cpu" else "bfloat16"
         self.dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
         like = torch.empty(0, dtype=self.dtype, device=device)
