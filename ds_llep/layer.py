@@ -101,7 +101,7 @@ class LLEPMoELayer(AutoEPMoELayer):
             plans,
             like=x_TD,
             size=context.workspace_size,
-            count=partial(context.statistics.count_fetched, context.index),
+            count=partial(context.statistics.count_fetched, context.index, self.training),
         )
         if exchange.always_ready:
             with part("fetch"):
@@ -156,5 +156,6 @@ class LLEPMoELayer(AutoEPMoELayer):
         counts_by_group = exchange.counts_by_group(counts_RE)
         with part("plan"):
             plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
-        context.statistics.record(context.index, plans[exchange.table.group_index])
+        own_plan = plans[exchange.table.group_index]
+        context.statistics.record(context.index, own_plan, self.training, x_TD.dtype)
         return scores_TK, selected_TK, plans

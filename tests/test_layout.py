@@ -36,7 +36,9 @@ ROOMS = {
         {"plan", "fetch", "returns", "timeline"} | KERNELS,
         {"torch", "deepspeed.moe.ep_experts"},
     ),
-    "monitor": ({"config", "plan"}, set()),
+    "trace": (set(), {"numpy"}),
+    "recorder": ({"compat", "config", "shards", "trace"}, {"numpy", "deepspeed.comm"}),
+    "monitor": ({"config", "plan", "recorder"}, {"torch"}),
     "layer": (
         {"config", "plan", "counts", "dispatch", "shards", "fetch", "experts", "monitor"}
         | {"timeline"}
@@ -45,10 +47,12 @@ ROOMS = {
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "activate": (
-        {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor"} | KERNELS,
+        {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
+        | KERNELS,
         {"torch", "deepspeed"},
     ),
-    "__init__": ({"activate", "config", "plan"}, set()),
+    "hf": ({"activate", "monitor"}, {"transformers"}),
+    "__init__": ({"activate", "compat", "config", "plan"}, set()),
     "run": (set(), set()),
     "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),
