@@ -8,8 +8,10 @@ All of it is integer or fp64 NumPy on the host, so a CPU, a GPU and the simulato
     R:H                R % of the tokens on the first H experts, all K choices among them (an expert
                        may stand twice among a token's), the rest on the others: the paper's grid
     zipf:S             popularity ~ rank^-S, experts in an order that the seed draws
-    hot_rank[:H]       H hot experts (8), neighbours, so at home on as few ranks as hold them
-    spread[:H]         the same heat, the H hot experts equally far apart: hot experts, even ranks
+    hot_rank[:H]       H hot experts (8, at most half of all), neighbours, so at home on as few
+                       ranks as hold them
+    spread[:H]         the same heat, the H hot experts equally far apart: hot experts, and even
+                       ranks at every EP size that divides H
     ragged             source ranks of odd number have a quarter of the tokens
     empty              source rank 1 has no token, three quarters of the experts get none
     rotating, burst    hot_rank whose hot experts move on at every step, every 16 steps
@@ -73,7 +75,7 @@ class Workload:
 
     def counts(self, draw: Draw) -> np.ndarray:
         """int64 ``[E]``: how many of the source rank's token copies each expert gets."""
-        return sum(counts_E for _, counts_E in self._blocks(self._rng(draw), draw))
+        return sum(counts_E for _, counts_E in self._drawn(self._rng(draw), draw))
 
     def counts_PE(self, ranks: int, draw: Draw) -> np.ndarray:
         """int64 ``[P, E]``: :meth:`counts` of the source ranks from ``draw.source`` on."""
@@ -83,9 +85,15 @@ class Workload:
     def expert_ids(self, draw: Draw) -> np.ndarray:
         """int64 ``[T, K]``: the experts of each token, in random order."""
         rng = self._rng(draw)
-        blocks = self._blocks(rng, draw)
+        blocks = self._drawn(rng, draw)
         ids_TK = np.concatenate([_arrange(rng, n, draw.top_k, counts) for n, counts in blocks])
         return rng.permuted(rng.permutation(ids_TK), axis=1)
+
+    def _drawn(self, rng: np.random.Generator, draw: Draw) -> list[Block]:
+        try:
+            return self._blocks(rng, draw)
+        except ValueError as error:
+            raise ValueError(f"workload {self.name!r}: {error}") from error
 
     def _rng(self, draw: Draw) -> np.random.Generator:
         name = zlib.crc32(self.name.split(":")[0].encode())
@@ -108,7 +116,7 @@ def parse(name: str) -> Workload:
         if kind == "zipf":
             return Workload(name, _popular(functools.partial(_zipf, _number(parameter, float))))
         if kind in ("hot_rank", "spread") or (kind in ("rotating", "burst") and not parameter):
-            hot = _number(parameter, int) if parameter else 8
+            hot = _number(parameter, int) if parameter else None
             return Workload(name, _popular(functools.partial(_hot, kind, hot)))
         if kind == "real":
             return Workload(name, _popular(functools.partial(_real, _real_shares(parameter))))
@@ -116,8 +124,9 @@ def parse(name: str) -> Workload:
             return Workload(name, functools.partial(_replay, _load_trace(parameter)))
         if kind.replace(".", "", 1).isdigit():
             percent, hot = float(kind), _number(parameter, int)
-            if percent <= 100:
-                return Workload(name, functools.partial(_share_on_hot, percent / 100, hot))
+            if percent > 100:
+                raise ValueError(f"{kind} % is more than all tokens")
+            return Workload(name, functools.partial(_share_on_hot, percent / 100, hot))
     except (OSError, TypeError) as error:
         raise ValueError(f"workload {name!r}: {error}") from None
     except ValueError as error:
@@ -147,13 +156,13 @@ def _zipf(exponent: float, draw: Draw) -> np.ndarray:
     return (1.0 + order) ** -exponent
 
 
-def _hot(kind: str, hot: int, draw: Draw) -> np.ndarray:
+def _hot(kind: str, hot: int | None, draw: Draw) -> np.ndarray:
     """A Zipf law (S = 1) flattened to two levels, so that the hot experts are equally hot."""
     E = draw.num_experts
-    hot = min(hot, max(E // 2, 1))
+    hot = min(8, max(E // 2, 1)) if hot is None else _fewer_than_all(hot, E)
     zipf = 1.0 / np.arange(1, E + 1)
     heat_E = np.full(E, zipf[hot:].mean() if hot < E else 1.0)
-    places = np.arange(hot) * (E // hot if kind == "spread" else 1)
+    places = np.arange(hot) * E // hot if kind == "spread" else np.arange(hot)
     moves = {"rotating": draw.step, "burst": draw.step // BURST_STEPS}.get(kind, 0)
     heat_E[(places + moves * hot) % E] = zipf[:hot].mean()
     return heat_E
@@ -173,8 +182,7 @@ def _empty(rng: np.random.Generator, draw: Draw) -> list[Block]:
 
 def _share_on_hot(share: float, hot: int, rng: np.random.Generator, draw: Draw) -> list[Block]:
     E, K = draw.num_experts, draw.top_k
-    if hot >= E:
-        raise ValueError(f"{hot} hot experts of {E}; valid is 1 to {E - 1}")
+    hot = _fewer_than_all(hot, E)
     on_hot = rng.binomial(draw.tokens, share)
     blocks = []
     for tokens, first, last in ((on_hot, 0, hot), (draw.tokens - on_hot, hot, E)):
@@ -183,6 +191,12 @@ def _share_on_hot(share: float, hot: int, rng: np.random.Generator, draw: Draw) 
         counts_E[first:last] = rng.multinomial(tokens * K, np.full(width, 1 / width))
         blocks.append((tokens, counts_E))
     return blocks
+
+
+def _fewer_than_all(hot: int, num_experts: int) -> int:
+    if hot >= num_experts:
+        raise ValueError(f"{hot} hot experts of {num_experts}; valid is 1 to {num_experts - 1}")
+    return hot
 
 
 def _real_shares(name: str) -> np.ndarray:
