@@ -43,6 +43,7 @@ CHOICES = {
 }
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 WORLDS = {
+    "demo_cpu_monitored.json": [4],
     "demo_cpu_zero3_ep2.json": [4],
     "demo_gpu_zero3_ep2.json": [2, 4],
     "hf_trainer_zero3_ep2.json": [2, 4],
