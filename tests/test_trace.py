@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_llep
-from ds_llep import recorder
+from ds_llep import LLEPConfig, make_plan, recorder
 from ds_llep.bench.workloads import Draw, parse
 from ds_llep.config import MonitorConfig
 from ds_llep.monitor import Statistics
@@ -149,7 +149,11 @@ def test_costs_no_operation(pools, tmp_path, seed):
 
 
 def start_twice(folder: str, seed: int) -> list[bool]:
-    """Two engines after each other record to one path; whether this rank has a recorder."""
+    """Two engines after each other record to one path, one micro-batch and two.
+
+    Returns:
+        Whether this rank has a recorder.
+    """
     config = engines.ds_config(1, 2, llep={"trace": {"enabled": True, "path": f"{folder}/t.npz"}})
     found = []
     for number in range(2):
@@ -159,7 +163,8 @@ def start_twice(folder: str, seed: int) -> list[bool]:
         for _ in range(number + 1):
             engine(**engines.batch(torch.float32, seed))
         engine.destroy()
-    assert dist.get_world_size() > 1
+        name = f"{folder}/t.npz" if number == 0 else f"{folder}/t.1.npz"
+        assert dist.get_rank() > 0 or Trace.load(name).num_micro_batches == number + 1
     return found
 
 
@@ -294,6 +299,32 @@ def test_flushed_with_its_engine(tmp_path, seed):
     del engine
     check(Trace.load(path), seed)
     assert statistics.last()["load_ratio_before"] == []
+
+
+def test_where_a_micro_batch_ends(tmp_path, seed):
+    """Where a layer comes again, at a step, and between training and evaluation."""
+    path = tmp_path / "trace.npz"
+    target, engine = new_recorder(path), Engine()
+    statistics = Statistics(MonitorConfig(), len(EXPERTS), engine, target)
+    window = statistics.open_window()
+    plans = [make_plan(counts, LLEPConfig()) for counts in some_counts(seed, 1)]
+    passes = [(0, 0, True), (1, 0, True), (0, 0, True), (1, 0, False), (0, 0, False), (1, 1, False)]
+    for layer, engine.global_steps, training in passes:
+        statistics.record(layer, plans[layer], training, torch.float16)
+    statistics.flush()
+    trace = Trace.load(path)
+    ran = [[bool(trace.counts(row, layer).any()) for layer in (0, 1)] for row in range(4)]
+    assert ran == [[True, True], [True, False], [True, True], [False, True]]
+    assert trace.steps.tolist() == [0, 0, 0, 1]
+    assert trace.training.tolist() == [True, True, False, False]
+    assert trace.dtype == "float16"
+    statistics.count_fetched(0, True, 3, 30)
+    statistics.count_fetched(0, False, 5, 50)
+    values = window.take()
+    assert (values["fetched_experts"], values["fetched_bytes"]) == (3 / 2, 30 / 2)
+    ratios = [plans[layer].load_ratio_before for layer in (0, 1, 0)]
+    assert values["load_ratio_before_mean"] == pytest.approx(np.mean(ratios))
+    assert window.take() == {}
 
 
 @pytest.fixture
