@@ -34,12 +34,13 @@ class Batch:
         self._shape, self._ep_size, self._seed, self._like = shape, ep_size, seed, like
         # Kept, since every mode runs the same steps.
         self.ids = functools.lru_cache(None)(self._ids)
-        self._tokens = functools.lru_cache(2)(self._draw_tokens)
         self.ids(0, 0)
 
     def tokens(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and output gradient, each ``[1, T, D]``; T may change from step to step."""
-        return self._tokens(len(self.ids(step, 0)))
+        like, D = self._like, self._shape.hidden_size
+        seed = self._seed * 1000 + dist.get_rank()
+        return _tokens(len(self.ids(step, 0)), D, seed, like.dtype, like.device)
 
     def counts_PE(self, step: int, layer: int) -> np.ndarray:
         """int64 ``[P, E]`` of this rank's EP group."""
@@ -54,8 +55,12 @@ class Batch:
         E, K, tokens = self._shape.num_experts, self._shape.top_k, self._shape.tokens
         return Draw(E, K, tokens, source, layer, step, self._seed)
 
-    def _draw_tokens(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        like, size = self._like, (1, number, self._shape.hidden_size)
-        generator = torch.Generator(like.device).manual_seed(self._seed * 1000 + dist.get_rank())
-        x = torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
-        return x, torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+
+@functools.lru_cache(4)  # one for all workloads with as many tokens
+def _tokens(
+    number: int, hidden_size: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    size = 1, number, hidden_size
+    x = torch.randn(size, generator=generator, dtype=dtype, device=device)
+    return x, torch.randn(size, generator=generator, dtype=dtype, device=device)
