@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     best = recommend(settings)
     output.table(
         f"The fastest of {len(settings)} settings by the model of machine {machine.name}, tried on "
-        f"{len(sampled)} of {len(rows)} micro-batches and {len(layers)} of {trace.num_layers} layers",
+        f"micro-batches: {len(sampled)} of {len(rows)}, layers: {len(layers)} of {trace.num_layers}",
         *_settings(settings[: args.settings], best, without),
     )
     print(
@@ -115,10 +115,13 @@ def try_setting(
 
 
 def recommend(settings: list[Setting]) -> Setting:
-    """The fastest; among those within 1 % of it, the one that moves the fewest bytes of weights."""
+    """The fastest; among those within 1 % of it, the one that moves the fewest bytes of weights.
+
+    Where that leaves several, the one that plans least often.
+    """
     fastest = min(setting.cost.seconds for setting in settings)
     close = [setting for setting in settings if setting.cost.seconds <= TIE * fastest]
-    return min(close, key=lambda setting: (sum(setting.cost.weight_bytes), setting.cost.seconds))
+    return min(close, key=lambda setting: (sum(setting.cost.weight_bytes), -setting.values[0]))
 
 
 def _load_ratios(trace: Trace, rows: list[int]) -> tuple[list[str], list[list[str]]]:
