@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     best = recommend(settings)
     output.table(
         f"The fastest of {len(settings)} settings by the model of machine {machine.name}, tried on "
-        f"micro-batches: {len(sampled)} of {len(rows)}, layers: {len(layers)} of {trace.num_layers}",
+        f"{len(sampled)} of the {len(rows)} micro-batches and {len(layers)} of the "
+        f"{trace.num_layers} layers",
         *_settings(settings[: args.settings], best, without),
     )
     print(
