@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 
 from ds_llep.bench import output
+from ds_llep.bench.machine import DTYPES
 from ds_llep.bench.micro_batches import from_workload
 from ds_llep.bench.shapes import Shape
 from ds_llep.bench.step import System, step_cost
@@ -78,4 +79,8 @@ def _results(path: str) -> Iterator[dict]:
             missing = [key for key in _NEEDED if key not in record]
             if missing:
                 raise ValueError(f"{path}, line {number}: no {', '.join(missing)}")
+            if record["dtype"] not in DTYPES:
+                raise ValueError(
+                    f"{path}, line {number}: dtype {record['dtype']!r} is not modelled"
+                )
             yield record

@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
         f"{trace.steps[rows[-1]]}, {trace.num_layers} layers, EP {trace.ep_size}, {trace.dtype}"
     )
     output.table("Load ratio without llep (max / mean rows of a rank)", *_load_ratios(trace, rows))
-    output.table("Hottest experts", *_hottest(trace, rows, args.hottest))
+    output.table(
+        "Hottest experts: id on home rank, share of the layer's rows",
+        *_hottest(trace, rows, args.hottest),
+    )
 
     system = System(
         machine,
@@ -81,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     settings.sort(key=lambda setting: setting.cost.seconds)
     best = recommend(settings)
     output.table(
-        f"Settings, the fastest {min(args.settings, len(settings))} of {len(settings)} by the model "
-        f"of machine {machine.name}, on {len(sampled)} micro-batches and {len(layers)} layers",
+        f"The fastest of {len(settings)} settings by the model of machine {machine.name}, tried on "
+        f"{len(sampled)} of the {len(rows)} micro-batches and {len(layers)} of the "
+        f"{trace.num_layers} layers",
         *_settings(settings[: args.settings], best, without),
     )
     print(
@@ -107,16 +111,18 @@ def try_setting(
     values: tuple[float, ...], section: dict, steps: list[Layers], system: System
 ) -> StepCost:
     """The mean step with these values and otherwise the run's own section."""
-    known = {key: value for key, value in section.items() if key in LLEPConfig.model_fields}
-    config = LLEPConfig(**{**known, **dict(zip(GRID, values, strict=True))})
+    config = LLEPConfig(**{**section, **dict(zip(GRID, values, strict=True))})
     return mean([step_cost("llep", step, config, system) for step in steps])
 
 
 def recommend(settings: list[Setting]) -> Setting:
-    """The fastest; among those within 1 % of it, the one that moves the fewest bytes of weights."""
+    """The fastest; among those within 1 % of it, the one that moves the fewest bytes of weights.
+
+    Where that leaves several, the one that plans least often.
+    """
     fastest = min(setting.cost.seconds for setting in settings)
     close = [setting for setting in settings if setting.cost.seconds <= TIE * fastest]
-    return min(close, key=lambda setting: (sum(setting.cost.weight_bytes), setting.cost.seconds))
+    return min(close, key=lambda setting: (sum(setting.cost.weight_bytes), -setting.values[0]))
 
 
 def _load_ratios(trace: Trace, rows: list[int]) -> tuple[list[str], list[list[str]]]:
@@ -141,15 +147,11 @@ def _hottest(trace: Trace, rows: list[int], most: int) -> tuple[list[str], list[
     table = []
     for index, name in enumerate(trace.layer_names):
         counts_E = trace.layers[index][rows].sum(axis=(0, 1), dtype=np.int64)
-        if not counts_E.any():
-            continue
-        per_rank = len(counts_E) // trace.ep_size
-        for expert in np.argsort(-counts_E, kind="stable")[:most]:
-            share = counts_E[expert] / counts_E.sum()
-            even = share * len(counts_E)
-            table.append([name, expert, expert // per_rank, f"{share:.1%}", f"{even:.1f}"])
-            name = ""
-    return ["layer", "expert", "home rank", "share of rows", "times an even share"], table
+        per_rank, total = len(counts_E) // trace.ep_size, max(1, int(counts_E.sum()))
+        hottest = np.argsort(-counts_E, kind="stable")[:most].tolist()
+        cells = [f"{e} on {e // per_rank}: {counts_E[e] / total:.1%}" for e in hottest]
+        table.append([name, f"{1 / len(counts_E):.1%}", *cells, *[""] * (most - len(cells))])
+    return ["layer", "even share", *(f"{n + 1}." for n in range(most))], table
 
 
 def _settings(
