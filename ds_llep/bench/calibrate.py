@@ -107,12 +107,7 @@ def calibrate(args: argparse.Namespace, device: torch.device) -> Machine:
         ValueError: on every rank, if nodes have different numbers of ranks.
     """
     on_gpu = device.type != "cpu"
-    sizes = {
-        name.replace("-", "_"): getattr(args, name.replace("-", "_")) or of[not on_gpu]
-        for name, of in SIZES.items()
-    }
-    transfers = _transfers(args.mebibytes or MEBIBYTES[not on_gpu])
-    rates = Rates(Sizes(**sizes, transfers=transfers, repeats=args.repeats), device)
+    rates = Rates(sizes(device, args), device)
     memory_rate = rates.memory_rate()
     given = {"tile"} if on_gpu else {"tile", "processors"}
     # Without links, as with one rank, what no transfer beats stands in.
@@ -160,6 +155,17 @@ def calibrate(args: argparse.Namespace, device: torch.device) -> Machine:
     )
     machine = dataclasses.replace(machine, grouped_rate=rates.grouped_rate(machine))
     return dataclasses.replace(machine, **rates.overheads(machine))
+
+
+def sizes(device: torch.device, args: argparse.Namespace | None = None) -> Sizes:
+    """What the options say, and for the rest what suits the device."""
+    on_cpu, given = device.type == "cpu", vars(args) if args else {}
+    found = {
+        field: given.get(field) or of[on_cpu]
+        for field, of in ((name.replace("-", "_"), of) for name, of in SIZES.items())
+    }
+    transfers = _transfers(given.get("mebibytes") or MEBIBYTES[on_cpu])
+    return Sizes(**found, transfers=transfers, repeats=given.get("repeats", 10))
 
 
 def _transfers(text: str) -> tuple[int, ...]:

@@ -16,9 +16,8 @@ from ds_llep.bench.measure import milliseconds
 from ds_llep.bench.micro_batches import from_workload
 from ds_llep.bench.primitives import Kernels
 from ds_llep.bench.routing import force_routing
-from ds_llep.bench.session import results
 from ds_llep.bench.shapes import Shape
-from ds_llep.bench.stack import Stack, expert_parallel, shard, switch
+from ds_llep.bench.stack import Stack, expert_parallel, results, shard, switch
 from ds_llep.bench.step import System, step_cost
 from ds_llep.config import LLEPConfig
 from ds_llep.kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient

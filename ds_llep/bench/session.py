@@ -20,6 +20,7 @@ from ds_llep.bench.stack import (
     Stack,
     expert_parallel,
     make_engine,
+    results,
     set_variant,
     shard,
     switch,
@@ -71,7 +72,7 @@ class Session:
             for point in points
         }
         self.section = expert_parallel(shape, self.ep_size, self.dtype)
-        self.machine = floors.rates(machine, device, self.dtype)
+        self.best = floors.best_rates(machine, device)
 
     def run(self) -> list[dict]:
         """Measure everything; a record for each workload and mode.
@@ -106,7 +107,7 @@ class Session:
                     self._time_step(engine, *point)
             engine.destroy()
         for point, record in self.records.items():
-            describe(record, self._plans(point[0]), self.machine.dense_rate)
+            describe(record, self._plans(point[0]), self.best.dense)
         compare(self.records)
         return list(self.records.values())
 
@@ -207,7 +208,7 @@ class Session:
         }
         plans = self._plans(workload)[: self.settings.layers]  # those of one step
         shape, ep_rank = self.settings.shape, dist.get_rank() % self.ep_size
-        floor = floors.of_parts(self.machine, plans, shape, ep_rank, self.dtype)
+        floor = floors.of_parts(self.best, plans, shape, ep_rank, self.dtype)
         everyone: list = [None] * self.world
         dist.all_gather_object(everyone, (mine, floor))
         record["breakdown_ms"] = {
@@ -247,16 +248,3 @@ class Session:
         steps = range(WARM_UPS, WARM_UPS + settings.repeats)
         counts = [batch.counts_PE(s, layer) for s in steps for layer in range(settings.layers)]
         return [make_plan(counts_PE, self.planning) for counts_PE in counts]
-
-
-def results(stack: Stack, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output and gradients of one forward and backward, by name."""
-    stack.zero_grad()
-    x = x.detach().requires_grad_()
-    y = stack(x)
-    y.backward(grad)
-    found = {"output": y.detach(), "gradient of input": x.grad}
-    for name, parameter in stack.named_parameters():
-        name = name.removeprefix("model.layers.")
-        found[f"gradient of {name}"] = parameter.grad
-    return found

@@ -124,6 +124,19 @@ def switch(stack: Stack, mode: str) -> None:
         layer.__class__, layer.experts.__class__ = CLASSES[mode]
 
 
+def results(stack: Stack, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients of one forward and backward, by name."""
+    stack.zero_grad()
+    x = x.detach().requires_grad_()
+    y = stack(x)
+    y.backward(grad)
+    found = {"output": y.detach(), "gradient of input": x.grad}
+    for name, parameter in stack.named_parameters():
+        name = name.removeprefix("model.layers.")
+        found[f"gradient of {name}"] = parameter.grad
+    return found
+
+
 def variants(section: dict) -> list[dict]:
     """AutoEP's options that may or may not make it faster, as attributes of its layers."""
     plain = {"gate_up_impl": "separate", "async_split_plan": False}
