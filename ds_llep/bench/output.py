@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "deepspeed", "triton", "transformers", "numpy")
+import torch
+
+PACKAGES = ("deepspeed", "triton", "transformers", "numpy")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -99,7 +101,8 @@ def read_json(path: str) -> list[dict]:
 
 def versions() -> dict[str, str]:
     """Python's and the packages' that matter here."""
-    found = {"python": platform.python_version()}
+    # PyTorch's own word for itself: unlike its metadata it always names the CUDA build.
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
