@@ -23,7 +23,7 @@ CONFIG = LLEPConfig(enabled=True, imbalance_threshold=1.0, min_tokens_per_gemm=1
 EXPERT = 2 * SHAPE.expert_numel
 
 
-def write_trace(path, counts_LSPE: np.ndarray, training=None) -> str:
+def write_trace(path, counts_LSPE: np.ndarray, training=None, llep=None) -> str:
     layers, rows, P, _ = counts_LSPE.shape
     about = {
         "ds_llep": "0",
@@ -33,7 +33,7 @@ def write_trace(path, counts_LSPE: np.ndarray, training=None) -> str:
         "ffn_size": [32] * layers,
         "ep_size": P,
         "dtype": "bfloat16",
-        "llep": LLEPConfig(enabled=True).model_dump(mode="json"),
+        "llep": LLEPConfig(enabled=True, **(llep or {})).model_dump(mode="json"),
     }
     training = [True] * rows if training is None else training
     numbers = [(row, row // 2, training[row]) for row in range(rows)]

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         machine = calibrate(args, ranks.join(args))
         if not ranks.is_first():
             return 0
-        return _write(machine, args.out)
+        return write(machine, args.out)
     except ValueError as error:  # the same on every rank: one of them speaks
         if ranks.is_first():
             print(f"ds-llep calibrate: {error}", file=sys.stderr)
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
             dist.destroy_process_group()
 
 
-def _write(machine: Machine, path: str) -> int:
+def write(machine: Machine, path: str) -> int:
+    """Print the machine and keep it; the exit code, 2 where the file cannot be written."""
     values = dataclasses.asdict(machine)
     rows = [
         (name, _text(value), "given" if name in machine.given else "")

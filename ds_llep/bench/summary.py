@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {value}; valid is 1 or more")
     machine = find(args.machine)
     trace = Trace.load(args.file)
-    rows = training_rows(trace, trace.num_micro_batches)
+    try:
+        rows = training_rows(trace, trace.num_micro_batches)
+    except ValueError as error:
+        raise ValueError(f"{args.file}: {error}") from None
     print(
         f"{args.file}: {len(rows)} training micro-batches at steps {trace.steps[rows[0]]} to "
         f"{trace.steps[rows[-1]]}, {trace.num_layers} layers, EP {trace.ep_size}, {trace.dtype}"
