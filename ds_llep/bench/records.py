@@ -92,6 +92,7 @@ def new_record(
         "step_ms": None,
         "peak_bytes": None,
         "breakdown_ms": None,
+        "breakdown_slowest_ms": None,
         "breakdown_floor_ms": None,
     }
 

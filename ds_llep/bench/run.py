@@ -200,18 +200,17 @@ def show(settings: Settings, records: list[dict]) -> None:
 
 
 def show_breakdown(record: dict) -> None:
-    floors = record["breakdown_floor_ms"]
+    parts, slowest = dict(record["breakdown_ms"]), record["breakdown_slowest_ms"]
     whole = record["forward_backward_ms"] or record["forward_ms"]
-    parts = dict(record["breakdown_ms"])
     if whole is not None:
-        known = sum(mean for name, (mean, _) in parts.items() if "/" not in name)
-        parts["all the rest"] = (whole - known, None)
+        known = sum(mean for name, mean in parts.items() if "/" not in name)
+        parts["all the rest"] = whole - known
     rows = []
-    for name, (mean, slowest) in parts.items():
-        floor = floors.get(name)
+    for name, mean in parts.items():
+        floor = record["breakdown_floor_ms"].get(name)
+        gap = None if floor is None else slowest[name] - floor
+        cells = [output.number(value, 3) for value in (mean, slowest.get(name), floor, gap)]
         *outer, last = name.split("/")
-        gap = None if floor is None else slowest - floor
-        cells = [output.number(value, 3) for value in (mean, slowest, floor, gap)]
         rows.append(["  " * len(outer) + last, *cells])
     columns = ["part", "ms, mean of ranks", "slowest rank", "floor", "gap"]
     output.table(f"{record['workload']}: where llep's time goes, median", columns, rows)

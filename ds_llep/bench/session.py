@@ -194,7 +194,7 @@ class Session:
         return milliseconds(work, self.settings.repeats, prepare)
 
     def _break_down(self, record: dict, workload: str, work: Callable, prepare) -> None:
-        """``breakdown_ms``: mean over ranks and slowest rank of each part's median."""
+        """Each part's median: the mean over the ranks, and the slowest rank's."""
         steps = []
         with Timeline() as timeline:
             for step in range(WARM_UPS + self.settings.repeats):
@@ -211,13 +211,9 @@ class Session:
         floor = floors.of_parts(self.best, plans, shape, ep_rank, self.dtype)
         everyone: list = [None] * self.world
         dist.all_gather_object(everyone, (mine, floor))
-        record["breakdown_ms"] = {
-            name: (
-                sum(parts[name] for parts, _ in everyone) / self.world,
-                max(parts[name] for parts, _ in everyone),
-            )
-            for name in mine
-        }
+        by_part = {name: [parts[name] for parts, _ in everyone] for name in mine}
+        record["breakdown_ms"] = {n: statistics.fmean(ranks) for n, ranks in by_part.items()}
+        record["breakdown_slowest_ms"] = {name: max(ranks) for name, ranks in by_part.items()}
         record["breakdown_floor_ms"] = {
             name: max(floor[name] for _, floor in everyone) for name in floor if name in mine
         }
