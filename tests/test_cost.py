@@ -143,6 +143,18 @@ def test_bigger_shape_costs_more(seed, field):
         assert sum(after[mode].kept_bytes_P) > sum(before[mode].kept_bytes_P)
 
 
+def test_experts_take_what_their_rows_take(seed):
+    """Without tiles and memory, six FLOP a row and weight in forward, twice that in backward."""
+    counts_PE, shape = routed(seed)
+    machine = dataclasses.replace(H200, tile=(1, 1), processors=1, memory_rate=1e30)
+    for cost in costs(counts_PE, shape, machine).values():
+        forward = shape.gemm_flop(1) * cost.rows_P.max() / 670e12
+        found = cost.forward["home"] + cost.forward["foreign"]
+        assert found == pytest.approx(forward, rel=1e-3)
+        found = cost.backward["home"] + cost.backward["foreign"]
+        assert found == pytest.approx(2 * forward, rel=1e-3)
+
+
 def test_ideal_is_never_above_a_plan(seed):
     counts_PE, shape = routed(seed)
     found = costs(counts_PE, shape)

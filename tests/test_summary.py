@@ -93,7 +93,8 @@ def test_default_machine_is_named(capsys, tmp_path, seed):
 
 def test_other_keys_are_the_runs_own(capsys, tmp_path, seed):
     """A run that may not borrow keeps everything at home, whatever the setting."""
-    trace = write_trace(tmp_path / "t.npz", skewed(seed, 1), llep={"max_foreign_experts": 0})
+    counts = 400 * skewed(seed, 1)  # so many that borrowing pays
+    trace = write_trace(tmp_path / "t.npz", counts, llep={"max_foreign_experts": 0})
     code, out, _ = run(capsys, trace)
     (row,) = [cells(line) for line in out.splitlines() if "recommended" in line]
     assert code == 0 and row[5:8] == ["0.0%", "0.0", "0.000"]

@@ -130,8 +130,8 @@ class Rates:
             at_rate = dataclasses.replace(machine, grouped_rate=((1.0, rate),))
             kernels = Kernels(at_rate, shape, self.dtype.itemsize)
             found = kernels.products(rows_G1, rows_G1 > 0)
-            # A third of forward (products) and half of the gradients of gate and up, of one matrix.
-            return float(found.forward[0] * 2 / 3 + found.gate_up[0] / 2)
+            # Forward and backward of an expert are nine products; these are three of them.
+            return float(sum(part[0] for part in found) / 3)
 
         reading = modelled(1e30)
         return modelled(1.0) / max(took - reading, took / 10)
