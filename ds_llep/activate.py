@@ -95,10 +95,8 @@ def register() -> None:
     register_optimizer_step_post_hook(weights_changed)
     for name in ("_take_model_step", "load_checkpoint"):
         setattr(DeepSpeedEngine, name, _then(getattr(DeepSpeedEngine, name), weights_changed))
-    for name, report in (
-        ("_take_model_step", Statistics.after_step),
-        ("destroy", Statistics.flush),
-    ):
+    reports = (("_take_model_step", Statistics.after_step), ("destroy", Statistics.flush))
+    for name, report in reports:
         setattr(DeepSpeedEngine, name, _reporting(getattr(DeepSpeedEngine, name), report))
 
 
