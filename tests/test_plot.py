@@ -193,14 +193,14 @@ def test_what_differs_is_not_compared(tmp_path):
     """A panel of its own for each seed and machine, which its title names."""
     lines = measured(1, ["gpt-oss-120b"], ["95:1"], seed=1)
     lines += measured(2, ["gpt-oss-120b"], ["95:1"], seed=2)
-    lines += measured(3, ["gpt-oss-120b"], ["95:1"], seed=2, ranks=8)
+    lines += measured(3, ["gpt-oss-120b"], ["95:1"], seed=2, ranks=8, zero_stage=3)
     axes = visible(draw(tmp_path, lines))
     titles = [each.get_title("left") for each in axes]
     titles = [each.replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ") for each in titles]
     assert [title for title in titles if title] == [
         "gpt-oss-120b, 2 x NVIDIA H200, seed 1",
         "gpt-oss-120b, 2 x NVIDIA H200, seed 2",
-        "gpt-oss-120b, 8 x NVIDIA H200, seed 2",
+        "gpt-oss-120b, 8 x NVIDIA H200, ZeRO 3, seed 2",
     ]
 
 

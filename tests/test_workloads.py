@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -268,6 +269,52 @@ def test_real_load_ratio(seed):
     ]
     assert np.median(ratios) == pytest.approx(1.51, abs=0.03)
     assert max(ratios) == pytest.approx(2.07, abs=0.06)
+
+
+@pytest.fixture
+def trace(tmp_path, seed) -> tuple[str, np.ndarray]:
+    """A workload that replays a file, and the file's counts ``[S, L, P, E]``."""
+    counts_SLPE = np.random.default_rng(seed).integers(1, 99, (3, 2, 4, 8))
+    counts_SLPE[..., 0] += -counts_SLPE.sum(-1) % 2  # two experts a token
+    about = {
+        **{"format": 1, "ds_llep": "0.1.0", "ep_size": 4, "dtype": "float32", "llep": {}},
+        **{"layer_names": ["a", "b"], "top_k": [2, 2], "hidden_size": [6, 6], "ffn_size": [5, 5]},
+    }
+    np.savez(
+        tmp_path / "run.npz",
+        about=np.array(json.dumps(about)),
+        micro_batches=np.arange(3),
+        steps=np.arange(3),
+        training=np.ones(3, dtype=bool),
+        **{f"counts_{layer:03d}": counts_SLPE[:, layer].astype(np.uint32) for layer in range(2)},
+    )
+    return f"trace:{tmp_path / 'run.npz'}", counts_SLPE
+
+
+def test_trace(trace, seed):
+    """Exactly the recorded counts, from the start again at the end of steps, layers and ranks."""
+    name, counts_SLPE = trace
+    workload = parse(name)
+    draw = draw_of(seed, num_experts=8, top_k=2, layer=0, step=0)
+    for step, layer, source in ((0, 0, 0), (2, 1, 3), (4, 2, 6)):
+        drawn = replace(draw, step=step, layer=layer, source=source)
+        recorded_E = counts_SLPE[step % 3, layer % 2, source % 4]
+        assert workload.counts(drawn).tolist() == recorded_E.tolist()
+        ids_TK = workload.expert_ids(drawn)
+        assert np.bincount(ids_TK.ravel(), minlength=8).tolist() == recorded_E.tolist()
+    with pytest.raises(ValueError, match="the trace has 8 experts, the layer 16"):
+        workload.counts(replace(draw, num_experts=16))
+    top_k = int(counts_SLPE[0, 0, 0].sum()) + 1
+    with pytest.raises(ValueError, match=f"do not have top_k {top_k} experts each"):
+        workload.counts(replace(draw, top_k=top_k))
+
+
+def test_no_trace(tmp_path):
+    with pytest.raises(ValueError, match="workload 'trace:.*none.npz': .*No such file"):
+        parse(f"trace:{tmp_path / 'none.npz'}")
+    (tmp_path / "broken.npz").write_text("nothing")
+    with pytest.raises(ValueError, match="workload 'trace:.*broken.npz': .*be read as a trace"):
+        parse(f"trace:{tmp_path / 'broken.npz'}")
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from ds_llep.bench.figures import COLUMN, PAGE, STYLES, finish, new_figure
+from ds_llep.bench.figures import Panel, bar_figure
 
 TIMES = {"forward": "forward_ms", "forward+backward": "forward_backward_ms", "step": "step_ms"}
 MODES = {"ep": "EP", "llep": "LLEP", "ep_balanced": "EP, balanced routing"}
@@ -37,6 +35,7 @@ class Result(BaseModel, strict=True, allow_inf_nan=False):
     mode: Literal["ep", "llep", "ep_balanced"]
     seed: int
     repeats: int
+    zero_stage: int | None = None
     forward_ms: float | None = Field(gt=0)
     forward_backward_ms: float | None = Field(gt=0)
     step_ms: float | None = Field(gt=0)
@@ -55,6 +54,7 @@ class Result(BaseModel, strict=True, allow_inf_nan=False):
             "tokens": f"{self.tokens} tokens per rank",
             "layers": f"{self.layers} layer{'s' * (self.layers > 1)}",
             "dtype": self.dtype,
+            "zero_stage": "" if self.zero_stage is None else f"ZeRO {self.zero_stage}",
             "seed": f"seed {self.seed}",
         }
 
@@ -121,27 +121,11 @@ def describe(results: list[Comparable]) -> tuple[list[str], str]:
 
 def _enumerate(words: Iterable[str]) -> str:
     # Lines break at commas alone.
-    return ", ".join(words).replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Bars under the same conditions: ``rows`` of axes, one above the other, over the workloads."""
-
-    title: str
-    workloads: list[str]
-    rows: tuple[dict[str, Sequence[float]], ...]
-    """Of each row the series by name, with a value for each workload; NaN is no bar."""
-
-    def split(self, most: int) -> list[Panel]:
-        """Panels of at most as many workloads, which together are this one."""
-        parts = []
-        for start in range(0, len(self.workloads), most):
-            part = slice(start, start + most)
-            title = f"{self.title} (continued)" if start else self.title
-            rows = tuple({name: row[name][part] for name in row} for row in self.rows)
-            parts.append(Panel(title, self.workloads[part], rows))
-        return parts
+    return (
+        ", ".join(filter(None, words))
+        .replace(" ", "\N{NO-BREAK SPACE}")
+        .replace(",\N{NO-BREAK SPACE}", ", ")
+    )
 
 
 def draw_bars(results: list[Comparable], time: str):
@@ -163,7 +147,7 @@ def draw_bars(results: list[Comparable], time: str):
     labels = [f"{time}:\nspeed-up over EP", "peak memory (GB)"]
     if all(np.isnan(row).all() for panel in panels for row in panel.rows[1].values()):
         panels, labels = [replace(panel, rows=panel.rows[:1]) for panel in panels], labels[:1]
-    return _figure(panels, labels, caption)
+    return bar_figure(panels, labels, caption)
 
 
 def _compare(title: str, group: Comparable, time: str) -> Panel:
@@ -218,89 +202,4 @@ def draw_breakdown(results: list[Comparable]):
             panels.append(Panel(title, list(map(_short, found)), (row,)))
     if not panels:
         raise ValueError('no line of mode "llep" has a "breakdown_ms"')
-    return _figure(panels, ("time of LLEP (ms)",), caption, stacked=True)
-
-
-def _figure(panels: list[Panel], labels: Sequence[str], caption: str, stacked: bool = False):
-    """Panels, as many side by side as a page is wide; bars side by side or stacked."""
-    series = list(dict.fromkeys(name for panel in panels for row in panel.rows for name in row))
-    # All in inches.
-    bar = 0.4 if stacked else 0.14  # an upright number needs 0.12
-    pitch = bar * (1 if stacked else len(series)) + 0.18
-    label_width, ticks_width = 0.3, 0.42
-    page = PAGE - label_width
-    panels = [part for panel in panels for part in panel.split(int((page - ticks_width) / pitch))]
-    inner = max(max(len(panel.workloads) for panel in panels) * pitch, 1.8)
-    columns = min(len(panels), int(page / (inner + ticks_width)))
-    lines = math.ceil(len(panels) / columns)
-    width = max(label_width + columns * (inner + ticks_width), COLUMN)
-    figure = new_figure(width, 0.8 + lines * (1.2 * len(labels) + 0.8))
-    grid = figure.subplots(lines * len(labels), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_visible(False)
-    for place, panel in enumerate(panels):
-        line, column = divmod(place, columns)
-        stack = grid[line * len(labels) :, column][: len(labels)]
-        first, last = stack[0], stack[-1]
-        for axes, row, label in zip(stack, panel.rows, labels, strict=True):
-            axes.set_visible(True)
-            _draw_row(axes, row, series, bar / pitch, stacked)
-            axes.set_xlim(-0.5, inner / pitch - 0.5)
-            axes.set_ylabel(label if column == 0 else "")
-            axes.grid(axis="y")
-            axes.set_xticks(range(len(panel.workloads)), panel.workloads)
-            axes.tick_params(axis="x", length=0, labelbottom=axes is last)
-        if max(map(len, panel.workloads)) * 0.07 > pitch:
-            for text in last.get_xticklabels():
-                text.set(rotation=35, ha="right", rotation_mode="anchor")
-        title = textwrap.fill(panel.title, int(inner * 13), break_long_words=False)
-        first.set_title(title, loc="left")
-        if not stacked:
-            first.axhline(1, color="black", linewidth=0.8, zorder=0.9)
-            first.set_ylim(0, 1.35 * max(_highest(each.rows[0]) for each in panels))
-    finish(figure, caption)
-    return figure
-
-
-def _highest(row: dict[str, Sequence[float]]) -> float:
-    return np.nan_to_num([*row.values()]).max()
-
-
-def _draw_row(axes, row: dict, series: list[str], bar: float, stacked: bool) -> None:
-    """Bars of one axes, ``bar`` wide where two workloads are 1 apart, with numbers on them."""
-    places = np.arange(len(next(iter(row.values()))))
-    total = np.zeros(len(places))
-    for index, name in enumerate(series):
-        values = np.nan_to_num(row.get(name, np.zeros(len(places))))
-        shift = 0 if stacked else (index - (len(series) - 1) / 2) * bar
-        fill, hatch = STYLES[index % len(STYLES)]
-        axes.bar(
-            places + shift,
-            values,
-            bar,
-            total if stacked else 0,
-            color=fill,
-            hatch=hatch,
-            edgecolor="black",
-            linewidth=0.5,
-            label=name,
-        )
-        total = total + values if stacked else values
-        if not stacked or index == len(series) - 1:
-            for place, value in zip(places + shift, total, strict=True):
-                if value:
-                    _write_number(axes, place, value, 0 if stacked else 90)
-    axes.set_ylim(0, 1.35 * axes.dataLim.y1 or 1)
-
-
-def _write_number(axes, place: float, value: float, rotation: int) -> None:
-    axes.annotate(
-        f"{value:.2f}" if value < 100 else f"{value:.0f}",
-        (place, value),
-        (0, 2),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        rotation=rotation,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0},
-    )
+    return bar_figure(panels, ("time of LLEP (ms)",), caption, stacked=True)
