@@ -4,7 +4,7 @@ is kept."""
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,21 +230,6 @@ def test_results_that_cannot_be_kept_are_printed(tmp_path, capsys):
     assert "cannot write" in said.err
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no results in it"),
-        ("{", "line 1: no JSON"),
-        ('{"kind": "bench"}\n[1]\n', "line 2: not a result of ds-llep bench"),
-    ],
-)
-def test_broken_results(text, message, tmp_path):
-    path = tmp_path / "results.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        output.read_json(str(path))
-
-
 def test_no_rich(capsys):
     """The tables' package is in an extra; without it the message says so."""
     with mock.patch.dict(sys.modules, {"rich.console": None, "rich.table": None}):
@@ -260,9 +245,9 @@ def test_presets_are_shapes_that_split():
 
 def test_commit_is_this_repository():
     found = output.commit()
-    if not os.path.exists(ROOT / ".git"):
+    if not shutil.which("git"):
         assert found is None
         return
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    expected = subprocess.run(head, capture_output=True, text=True).stdout
-    assert expected.startswith(found.rstrip("+"))
+    done = subprocess.run(head, capture_output=True, text=True)
+    assert found is None if done.returncode else done.stdout.startswith(found.rstrip("+"))

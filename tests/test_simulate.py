@@ -219,6 +219,8 @@ def bench_line(**changes) -> dict:
     shape = {"num_experts": 16, "hidden_size": 64, "ffn_size": 32, "top_k": 2, "tokens": 90_000}
     line = {"kind": "bench", "shape": None, **shape, "layers": 1, "ranks": 8, "ep_size": 4}
     line |= {"dtype": "bfloat16", "device": "X", "workload": "60:2", "mode": "llep", "seed": 5}
+    line |= {"repeats": 1, "step_ms": None, "peak_bytes": None, "breakdown_ms": None}
+    line |= {"versions": {}, "commit": None}
     return {**line, "forward_ms": 1.0, "forward_backward_ms": None, "llep": {}, **changes}
 
 
@@ -252,12 +254,13 @@ def test_against(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1: no JSON"),
-        ('{"kind": "plan"}', "line 1: not a result of ds-llep bench"),
-        (json.dumps(bench_line()) + '\n{"kind": "bench"}', "line 2: no num_experts, hidden_size"),
+        (
+            json.dumps(bench_line()) + '\n{"kind": "bench"}',
+            "line 2 is no result of `ds-llep bench`",
+        ),
         (json.dumps(bench_line(forward_ms=None)), "has no forward or forward"),
-        (json.dumps(bench_line(dtype="int8")), "line 1: dtype 'int8'"),
-        ("", "has no forward or forward"),
+        (json.dumps(bench_line(dtype="int8")), "dtype 'int8' is not modelled"),
+        ("", "is empty"),
     ],
 )
 def test_against_broken_files(capsys, tmp_path, text, message):

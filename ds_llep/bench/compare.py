@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ds_llep.bench import output
+from ds_llep.bench.results import Result, read
 
-SAME = ("shape", "num_experts", "hidden_size", "ffn_size", "top_k", "tokens", "layers", "ranks")
-SAME += ("ep_size", "dtype", "device", "workload", "mode")
 MEASURED = (
     ("forward_ms", 1.0),
     ("forward_backward_ms", 1.0),
@@ -24,7 +23,9 @@ def show(before: str, after: str) -> int:
     old, new = _by_point(before), _by_point(after)
     common = [point for point in old if point in new]
     if not common:
-        raise ValueError(f"{before} and {after} have no point in common, that is equal {SAME}")
+        raise ValueError(
+            f"{before} and {after} have no point in common, such as {', '.join(next(iter(old)))}"
+        )
     columns = ["shape", "workload", "mode"]
     for name, _ in MEASURED:
         columns.append(
@@ -33,23 +34,30 @@ def show(before: str, after: str) -> int:
     rows = []
     for point in common:
         a, b = old[point], new[point]
-        cells = [_change(a.get(name), b.get(name), unit) for name, unit in MEASURED]
-        rows.append([a["shape"] or "-", a["workload"], a["mode"], *cells])
+        if a.zero_stage != b.zero_stage:  # it matters to the optimizer step alone
+            a = a.model_copy(update={"step_ms": None})
+        cells = [_change(getattr(a, name), getattr(b, name), unit) for name, unit in MEASURED]
+        rows.append([a.shape or "-", a.workload, a.mode, *cells])
     output.table(f"{_label(before, old)} -> {_label(after, new)}", columns, rows)
     for path, points, others in ((before, old, new), (after, new, old)):
-        alone = [f"{dict(zip(SAME, p, strict=True))}" for p in points if p not in others]
+        alone = [", ".join(point) for point in points if point not in others]
         if alone:
             print(f"only in {path}: {len(alone)}, such as {alone[0]}")
     return 0
 
 
-def _by_point(path: str) -> dict[tuple, dict]:
+def _by_point(path: str) -> dict[tuple[str, ...], Result]:
     """Of results of the same point, the last one."""
-    return {tuple(r.get(name) for name in SAME): r for r in output.read_json(path)}
+    found = {}
+    for result in read(path):
+        conditions = result.conditions()
+        del conditions["zero_stage"]
+        found[*conditions.values(), result.workload, result.mode] = result
+    return found
 
 
-def _label(path: str, points: dict[tuple, dict]) -> str:
-    commits = sorted({str(record.get("commit")) for record in points.values()})
+def _label(path: str, points: dict[tuple[str, ...], Result]) -> str:
+    commits = sorted({str(result.commit) for result in points.values()})
     return f"{path} ({', '.join(commits)})"
 
 

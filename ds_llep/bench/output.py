@@ -17,7 +17,7 @@ PACKAGES = ("deepspeed", "triton", "transformers", "numpy")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; the first columns, up to the first number, are aligned to the left.
+    """Print a table; columns of numbers are aligned to the right.
 
     Raises:
         ValueError: the package ``rich`` is missing.
@@ -32,7 +32,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     rows = [[str(cell) for cell in row] for row in rows]
     made = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        number = any(row[index][:1].isdigit() for row in rows)
+        number = any(row[index].lstrip("+-")[:1].isdigit() for row in rows)
         made.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         made.add_row(*row)
@@ -76,27 +76,6 @@ def append_json(path: str | None, records: Sequence[dict]) -> int:
         print(lines, end="")
         return 2
     return 0
-
-
-def read_json(path: str) -> list[dict]:
-    """The results of a file of JSON lines.
-
-    Raises:
-        ValueError: a line that is no JSON object, or no line.
-        OSError: the file cannot be read.
-    """
-    records = []
-    for index, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {index}: no JSON: {error}") from None
-        if not isinstance(record, dict) or record.get("kind") != "bench":
-            raise ValueError(f"{path}, line {index}: not a result of ds-llep bench")
-        records.append(record)
-    if not records:
-        raise ValueError(f"{path}: no results in it")
-    return records
 
 
 def versions() -> dict[str, str]:
