@@ -52,7 +52,7 @@ def _by_point(path: str) -> dict[tuple[str, ...], Result]:
     for result in read(path):
         conditions = result.conditions()
         del conditions["zero_stage"]
-        found[*conditions.values(), result.workload, result.mode] = result
+        found[(*conditions.values(), result.workload, result.mode)] = result
     return found
 
 

@@ -92,12 +92,17 @@ def run(args: argparse.Namespace) -> int:
         f"{trace.num_layers} layers",
         *_settings(settings[: args.settings], best, without),
     )
+    model = f"the model of machine {machine.name}"
+    if args.machine == "h200":
+        model += " (the default; --machine names another)"
     print(
-        f"Recommended by the model of machine {machine.name}"
-        f"{' (the default; --machine names another)' if args.machine == 'h200' else ''}: "
-        f"{1e3 * best.cost.seconds:.2f} ms for these layers, AutoEP {1e3 * without.seconds:.2f} ms"
+        f"Recommended by {model}: {1e3 * best.cost.seconds:.2f} ms for these layers, AutoEP "
+        f"{1e3 * without.seconds:.2f} ms"
     )
-    print(json.dumps({"llep": {"enabled": True, **dict(zip(GRID, best.values, strict=True))}}))
+    if best.cost.seconds >= without.seconds:
+        print("No setting pays for itself on this trace: leave llep off, or see docs/simulate.md")
+    enabled = best.cost.seconds < without.seconds
+    print(json.dumps({"llep": {"enabled": enabled, **dict(zip(GRID, best.values, strict=True))}}))
     return 0
 
 
