@@ -61,9 +61,11 @@ def test_what_is_sampled(capsys, tmp_path, seed):
     assert f"The fastest of {len(list(itertools.product(*GRID.values())))} settings" in out
 
 
-def test_recommends_a_valid_section(capsys, tmp_path, seed):
-    """What it prints to paste is a section; its row in the table has the model's numbers."""
-    counts = skewed(seed, 1, rows=1) * 400
+@pytest.mark.parametrize("times", [1, 40_000])
+def test_recommends_a_valid_section(capsys, tmp_path, seed, times):
+    """What it prints to paste is a section, which switches llep on where it pays, as it does not for
+    a few rows; its row in the table has the model's numbers."""
+    counts = skewed(seed, 1, rows=1) * times
     machine = tmp_path / "machine.json"
     H200.save(machine)
     trace = write_trace(tmp_path / "t.npz", counts)
@@ -71,7 +73,8 @@ def test_recommends_a_valid_section(capsys, tmp_path, seed):
     assert code == 0 and "the default" not in out
     section = json.loads(out.splitlines()[-1])["llep"]
     config = LLEPConfig(**section)
-    assert config.enabled and {*section} == {"enabled", *GRID}
+    assert config.enabled == (times > 1) and {*section} == {"enabled", *GRID}
+    assert ("No setting pays" in out) == (times == 1)
     layers = [(counts[0, 0], SHAPE)]
     cost, ep = (step_cost(mode, layers, config, SYSTEM) for mode in ("llep", "ep"))
     (row,) = [cells(line) for line in out.splitlines() if "recommended" in line]
