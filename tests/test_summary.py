@@ -63,7 +63,7 @@ def test_what_is_sampled(capsys, tmp_path, seed):
 
 @pytest.mark.parametrize("times", [1, 40_000])
 def test_recommends_a_valid_section(capsys, tmp_path, seed, times):
-    """What it prints to paste is a section, which switches llep on where it pays, as it does not for
+    """It prints a section to paste, which switches llep on where it pays, as it does not for
     a few rows; its row in the table has the model's numbers."""
     counts = skewed(seed, 1, rows=1) * times
     machine = tmp_path / "machine.json"
