@@ -390,7 +390,7 @@ def test_traces_that_cannot_be_drawn(tmp_path, seed):
     layers = draw_counts(seed, 2, 2, 8, 2)
     evaluated = Trace.load(save_trace(tmp_path / "a.npz", layers, training=[False, False]))
     for figure_of in (plot_traces.draw_experts, lambda t: plot_traces.draw_load(t, None)):
-        with pytest.raises(ValueError, match="all 2 micro-batches are of evaluation"):
+        with pytest.raises(ValueError, match="no training micro-batch: it was recorded in eval"):
             figure_of(evaluated)
     mixed = Trace.load(save_trace(tmp_path / "b.npz", [layers[0], layers[1][:, :, :6]]))
     with pytest.raises(ValueError, match=r"layers have \[6, 8\] experts"):

@@ -8,9 +8,8 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
-from ds_llep.bench.records import find_workload
 from ds_llep.bench.shapes import Shape
-from ds_llep.bench.workloads import Draw
+from ds_llep.bench.workloads import Draw, parse
 
 
 class Batch:
@@ -30,7 +29,7 @@ class Batch:
     def __init__(
         self, workload: str, shape: Shape, ep_size: int, seed: int, like: torch.Tensor
     ) -> None:
-        self._workload = find_workload(workload, shape, ep_size)
+        self._workload = parse(workload, shape.num_experts // ep_size)
         self._shape, self._ep_size, self._seed, self._like = shape, ep_size, seed, like
         # Kept, since every mode runs the same steps.
         self.ids = functools.lru_cache(None)(self._ids)

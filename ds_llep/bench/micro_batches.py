@@ -19,15 +19,13 @@ def from_workload(
 ) -> Layers:
     """The counts of a workload in one step, of the EP group that begins at source rank ``first``.
 
-    ``R:local`` names as many hot experts as a rank has at home.
-
     Raises:
         ValueError: an unknown workload, or one that does not fit the shape.
     """
     E = shape.num_experts
     if E % ranks:
         raise ValueError(f"{E} experts do not divide evenly among {ranks} ranks")
-    workload = parse(name.replace(":local", f":{E // ranks}"))
+    workload = parse(name, E // ranks)
     draws = [
         Draw(E, shape.top_k, shape.tokens, first, layer, step, seed) for layer in range(layers)
     ]

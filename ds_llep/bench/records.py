@@ -5,6 +5,7 @@ Every key is in every record, None where it was not measured, so that a file of 
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 
 from ds_llep.bench.ranks import device_name
 from ds_llep.bench.shapes import Shape
-from ds_llep.bench.workloads import Draw, Workload, parse
+from ds_llep.bench.workloads import Draw, parse
 from ds_llep.config import LLEPConfig
 from ds_llep.plan import Plan
 
@@ -54,16 +55,20 @@ class Settings:
         for name in self.workloads:
             E, K, tokens = shape.num_experts, shape.top_k, shape.tokens
             draw = Draw(E, K, tokens, source=0, layer=0, step=0, seed=self.seed)
-            find_workload(name, shape, ep_size).counts(draw)
+            parse(name, E // ep_size).counts(draw)
 
 
-def find_workload(name: str, shape: Shape, ep_size: int) -> Workload:
-    """The workload of that name; ``R:local`` has as many hot experts as a rank has at home.
+def read_section(text: str) -> LLEPConfig:
+    """The ``"llep"`` section from the command line.
 
     Raises:
-        ValueError: an unknown workload.
+        ValueError: no JSON, or a mistake in the section.
     """
-    return parse(name.replace(":local", f":{shape.num_experts // ep_size}"))
+    try:
+        section = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--llep: no JSON: {error}") from None
+    return LLEPConfig.from_ds_config({"llep": section})
 
 
 def new_record(

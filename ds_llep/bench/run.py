@@ -16,14 +16,13 @@ exit code is 1.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 
 import deepspeed.comm as dist
 
 from ds_llep.bench import compare, machine, output, ranks
-from ds_llep.bench.records import MODES, PARTS, Settings
+from ds_llep.bench.records import MODES, PARTS, Settings, read_section
 from ds_llep.bench.session import Session, WrongResults
 from ds_llep.bench.shapes import PRESETS, Shape, preset
 from ds_llep.config import LLEPConfig
@@ -121,17 +120,13 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     shape = replace(preset(args.shape or "tiny"), **sizes)
-    try:
-        section = json.loads(args.llep)
-    except ValueError as error:
-        raise ValueError(f"--llep: no JSON: {error}") from None
     aliases = {
         "capacity_factor": args.max_tokens_factor,
         "min_tokens_per_gemm": args.min_tokens_per_gemm,
     }
-    config = LLEPConfig.from_ds_config({"llep": section})
     given = {name: value for name, value in aliases.items() if value is not None}
-    config = LLEPConfig(**{**config.model_dump(), **given, "enabled": True})
+    section = read_section(args.llep).model_dump()
+    config = LLEPConfig(**{**section, **given, "enabled": True})
     for name in ("layers", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}; valid is 1 or more")

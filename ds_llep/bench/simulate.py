@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator
 
 from ds_llep.bench import output
 from ds_llep.bench.against import against
 from ds_llep.bench.machine import BUILT_IN, DTYPES, find
 from ds_llep.bench.micro_batches import Layers, from_trace, from_workload, training_rows
+from ds_llep.bench.records import read_section
 from ds_llep.bench.shapes import PRESETS, Shape, preset
 from ds_llep.bench.step import MODES, StepCost, System, mean, step_cost
-from ds_llep.config import LLEPConfig
 from ds_llep.trace import Trace
 
 SIZES = tuple(field.name for field in dataclasses.fields(Shape))
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.against:
         return against(args.against, system)
     output.check_writable(args.json)
-    config = read_config(args.llep)
+    config = read_section(args.llep)
     if args.trace and args.workload:
         raise ValueError("--trace and --workload are two sources of counts; give one")
     steps = list(_trace_steps(args) if args.trace else _workload_steps(args))
@@ -97,19 +96,6 @@ def run(args: argparse.Namespace) -> int:
         }
         return output.append_json(args.json, [record])
     return 0
-
-
-def read_config(text: str) -> LLEPConfig:
-    """The ``"llep"`` section from the command line.
-
-    Raises:
-        ValueError: no JSON, or a mistake in the section.
-    """
-    try:
-        section = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--llep: no JSON: {error}") from None
-    return LLEPConfig.from_ds_config({"llep": section})
 
 
 def _workload_steps(args: argparse.Namespace) -> Iterator[Layers]:
