@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ranks import remove_shared_buffers
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -47,4 +49,6 @@ def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]
         os.killpg(process.pid, signal.SIGKILL)
         out, _ = process.communicate()
         raise AssertionError(f"no end after {timeout} s:\n{out[-6000:]}") from None
+    finally:
+        remove_shared_buffers(port)
     return process.returncode, out

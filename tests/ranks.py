@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "deepspeed", "transformers", "ds_llep", "transformers.models.qwen3_moe"]
@@ -35,6 +36,7 @@ class RankPool:
         self.world_size = world_size
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
+        self._port: int | None = None
 
     def run(self, function: Callable, *args: Any, timeout: float = 240, **kwargs: Any) -> list:
         """Call ``function`` on every rank; the list of what it returned, by rank.
@@ -81,6 +83,7 @@ class RankPool:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+        remove_shared_buffers(self._port)
 
     def _start(self) -> None:
         import torch
@@ -90,7 +93,7 @@ class RankPool:
         else:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
-        port = _free_port()
+        port = self._port = _free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -102,6 +105,12 @@ class RankPool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+
+
+def remove_shared_buffers(port: int | None) -> None:
+    """Free what DeepSpeed's CPU ranks that met at this port leave in memory: 69 MB each."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        path.unlink(missing_ok=True)
 
 
 def _rank_main(rank: int, world_size: int, port: int, pipe: Any, path: list[str]) -> None:

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import sys
 
-import deepspeed.comm as dist
 import torch
 
 from ds_llep.bench import output, ranks
@@ -60,20 +59,12 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and not value > 0:
             raise ValueError(f"--{name} {value}; valid is above 0")
-    if not ranks.launched():
-        return ranks.start(args, sys.argv[1:])
-    try:
-        machine = calibrate(args, ranks.join(args))
-        if not ranks.is_first():
-            return 0
-        return write(machine, args.out)
-    except ValueError as error:  # the same on every rank: one of them speaks
-        if ranks.is_first():
-            print(f"ds-llep calibrate: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+    def work(device: torch.device) -> int:
+        machine = calibrate(args, device)
+        return write(machine, args.out) if ranks.is_first() else 0
+
+    return ranks.run(args, work)
 
 
 def write(machine: Machine, path: str) -> int:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 import deepspeed
 import deepspeed.comm as dist
@@ -49,12 +50,33 @@ def number_to_start(args: argparse.Namespace) -> int:
     return ranks
 
 
-def start(args: argparse.Namespace, argv: list[str]) -> int:
-    """Run ``python -m ds_llep ARGV`` on ranks of its own; the exit code.
+def run(args: argparse.Namespace, work: Callable[[torch.device], int]) -> int:
+    """Do this command's work on every rank; the exit code.
+
+    Args:
+        args: the command's. Where no launcher has started this process, ranks are started that run
+            the same command line.
+        work: what a rank does; takes its device, returns an exit code. A ``ValueError`` must be the
+            same on every rank: one of them speaks.
 
     Raises:
         ValueError: as :func:`number_to_start`.
     """
+    if not launched():
+        return _start(args, sys.argv[1:])
+    try:
+        return work(_join(args))
+    except ValueError as error:
+        if is_first():
+            print(f"ds-llep {args.command}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _start(args: argparse.Namespace, argv: list[str]) -> int:
+    """Run ``python -m ds_llep ARGV`` on ranks of its own."""
     ranks = number_to_start(args)
     if not _gpus(args):
         os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
@@ -82,7 +104,7 @@ def _gpus(args: argparse.Namespace) -> int:
     return gpus
 
 
-def join(args: argparse.Namespace) -> torch.device:
+def _join(args: argparse.Namespace) -> torch.device:
     """Become one of the launcher's ranks; this rank's device.
 
     Raises:

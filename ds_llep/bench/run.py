@@ -19,7 +19,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-import deepspeed.comm as dist
+import torch
 
 from ds_llep.bench import compare, machine, output, ranks
 from ds_llep.bench.records import MODES, PARTS, Settings, read_section
@@ -81,21 +81,11 @@ def run(args: argparse.Namespace) -> int:
         output.check_writable(args.json)
         if args.machine:
             machine.find(args.machine)
-        return ranks.start(args, sys.argv[1:])
-    try:
-        return measure(args, settings)
-    except ValueError as error:  # the same on every rank: one of them speaks
-        if ranks.is_first():
-            print(f"ds-llep bench: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return ranks.run(args, lambda device: measure(args, settings, device))
 
 
-def measure(args: argparse.Namespace, settings: Settings) -> int:
+def measure(args: argparse.Namespace, settings: Settings, device: torch.device) -> int:
     """The whole bench on this rank; the exit code."""
-    device = ranks.join(args)
     session = Session(settings, device, args.machine)
     try:
         records = session.run()
