@@ -37,6 +37,7 @@ from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
 from ds_llep.monitor import Statistics
 from ds_llep.ranks import RankTable
+from ds_llep.recorder import Recorder, open_recorder
 from ds_llep.shards import check_weight_source, choose_weight_source, weights_changed
 
 _MARK = "_ds_llep_wrapped"
@@ -94,6 +95,9 @@ def register() -> None:
     register_optimizer_step_post_hook(weights_changed)
     for name in ("_take_model_step", "load_checkpoint"):
         setattr(DeepSpeedEngine, name, _then(getattr(DeepSpeedEngine, name), weights_changed))
+    reports = (("_take_model_step", Statistics.after_step), ("destroy", Statistics.flush))
+    for name, report in reports:
+        setattr(DeepSpeedEngine, name, _reporting(getattr(DeepSpeedEngine, name), report))
 
 
 def _then(method, follow_up):
@@ -103,6 +107,18 @@ def _then(method, follow_up):
             return method(*args, **kwargs)
         finally:
             follow_up()
+
+    return wrapper
+
+
+def _reporting(method, report):
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        activation = _ACTIVE.get(self)
+        if activation is not None:
+            report(activation.statistics)
+        return result
 
     return wrapper
 
@@ -136,8 +152,9 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
         exchange = Exchange.of_home_ranks(
             ep_group, always_ready=zero_config.stage < 3, cache=config.weight_cache
         )
-    statistics = adopt(layers, config, exchange, engine)
     ep_size = table.ep_size
+    recorder = open_recorder(config, layers, ep_size)
+    statistics = adopt(layers, config, exchange, engine, recorder)
     activation = Activation(
         config=config,
         layers=tuple(layers),
@@ -159,6 +176,16 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
                 f"llep: without effect on balanced layers: {', '.join(overridden)} of "
                 '"expert_parallel"; llep dispatches, computes and combines by itself'
             )
+        if config.monitor.enabled and not engine._config.monitor_config.enabled:
+            _say(
+                'llep: "llep.monitor" is enabled, but none of DeepSpeed\'s monitors is, so nothing '
+                'is written; enable "tensorboard", "wandb", "csv_monitor" or "comet"'
+            )
+        if recorder is not None:
+            _say(
+                f"llep: records what the router chooses to {recorder.path}, every "
+                f"{config.trace.interval} micro-batch(es), ranks 0 to {ep_size - 1}"
+            )
     return activation
 
 
@@ -167,14 +194,24 @@ def adopt(
     config: LLEPConfig,
     exchange: Exchange,
     engine: DeepSpeedEngine | None = None,
+    recorder: Recorder | None = None,
 ) -> Statistics:
     """Change the class of AutoEP layers, and of their experts, in place; what they will record."""
-    statistics = Statistics(config.monitor, len(layers), engine)
+    statistics = Statistics(config.monitor, len(layers), engine, recorder)
     for index, (name, layer) in enumerate(layers.items()):
         layer.__class__ = LLEPMoELayer
         layer.experts.__class__ = LLEPGroupedExperts
         layer.llep = LayerContext(config, name, index, statistics, exchange)
     return statistics
+
+
+def active_on(model: torch.nn.Module) -> Activation | None:
+    """What is active on the engine that trains this module, the latest one if there are several."""
+    found = None
+    for engine, activation in _ACTIVE.items():
+        if model is engine or model is getattr(engine, "module", None):
+            found = activation
+    return found
 
 
 def status(engine: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import argparse
 import importlib
 import sys
 
+from ds_llep.run import split_launcher_args
+
 COMMANDS = {  # name: (module, what it does)
     "bench": ("ds_llep.bench.run", "time MoE layers: AutoEP against llep, skewed and balanced"),
     "simulate": ("ds_llep.bench.simulate", "predict step times on machines that are not at hand"),
@@ -22,7 +24,8 @@ COMMANDS = {  # name: (module, what it does)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command named in ``argv``; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    # DeepSpeed's launcher puts --local_rank in front; the environment says the same.
+    _, argv = split_launcher_args(sys.argv[1:] if argv is None else argv)
     # Only the module of the command at hand is imported: most of them load PyTorch.
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="ds-llep", description="Tools around ds_llep.")

@@ -13,6 +13,8 @@ from packaging.version import Version
 
 from ds_llep.config import SECTION
 
+__version__ = "0.1.0"
+
 SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.22.2")}
 """First and last version of each package that this plugin was run with."""
 
@@ -20,6 +22,7 @@ SEAMS = (
     (DeepSpeedEngine, "_configure_expert_parallel", ("self", "model")),
     (DeepSpeedEngine, "_take_model_step", ("self",)),
     (DeepSpeedEngine, "load_checkpoint", ("self", "load_dir")),
+    (DeepSpeedEngine, "destroy", ("self",)),
     (AutoEPMoELayer, "forward", ("self", "hidden_states")),
     (AutoEPMoELayer, "_finalize_output", ("self", "output", "x", "hidden_states", "hdim")),
     (AutoEPMoELayer, "set_deepspeed_parallelism", ("self",)),

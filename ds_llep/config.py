@@ -44,6 +44,22 @@ class MonitorConfig(_StrictModel):
     """Optimizer steps between two writes; at least 1."""
 
 
+class TraceConfig(_StrictModel):
+    """The ``"trace"`` sub-section: what the router chose, recorded into a file."""
+
+    enabled: bool = False
+    """Record the counts of tokens by source rank and expert, those of global rank 0's EP group."""
+
+    path: str = Field(default="llep_trace.npz", min_length=1)
+    """The file, from the working directory of rank 0; where it exists, a number is added."""
+
+    interval: int = Field(default=1, ge=1)
+    """One micro-batch of so many is recorded; at least 1."""
+
+    max_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Memory for counts; where it is full, every second micro-batch goes and interval doubles."""
+
+
 class LLEPConfig(_StrictModel):
     """The ``"llep"`` section. Keys are explained in README.md, bounds are enforced here.
 
@@ -87,6 +103,9 @@ class LLEPConfig(_StrictModel):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     """See :class:`MonitorConfig`."""
 
+    trace: TraceConfig = Field(default_factory=TraceConfig)
+    """See :class:`TraceConfig`."""
+
     @classmethod
     def from_ds_config(cls, ds_config: dict[str, Any]) -> LLEPConfig:
         """Read the section from a whole DeepSpeed config; absent means all defaults, disabled.
@@ -104,7 +123,8 @@ class LLEPConfig(_StrictModel):
 
 def _explain(model: type[DeepSpeedConfigModel], error: ValidationError) -> str:
     """One line per mistake: key, value given, what is valid, and the likely fix."""
-    prefix = f"{SECTION}.monitor." if model is MonitorConfig else f"{SECTION}."
+    below = {MonitorConfig: "monitor.", TraceConfig: "trace."}.get(model, "")
+    prefix = f"{SECTION}.{below}"
     lines = []
     for detail in error.errors():
         key = ".".join(str(part) for part in detail["loc"])

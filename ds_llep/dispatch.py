@@ -24,6 +24,7 @@ import torch
 
 from ds_llep.kernels.select import KernelSet
 from ds_llep.plan import Plan
+from ds_llep.timeline import part
 
 
 class RouteMaps(NamedTuple):
@@ -145,61 +146,80 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, scores_TK, route):
         _save(ctx, route, x_TD if scores_TK is not None else None, scores_TK)
-        return _there(x_TD, scores_TK, route)
+        with part("dispatch"):
+            return _there(x_TD, scores_TK, route)
 
     @staticmethod
     def backward(ctx, grad_home, grad_foreign):
         route, x_TD, scores_TK = _load(ctx)
-        grad_rows = _back(grad_home, grad_foreign, route)
-        grad_x = route.kernels.combine_rows(grad_rows, route.maps.position_TK, scores_TK)
-        grad_scores = None
-        if scores_TK is not None and ctx.needs_input_grad[1]:
-            dots_TK = route.kernels.row_dots(grad_rows, route.maps.position_TK, x_TD)
-            grad_scores = dots_TK.to(scores_TK.dtype)
+        with part("dispatch backward"):
+            grad_rows = _back(grad_home, grad_foreign, route)
+            grad_x = _sum_over_k(grad_rows, scores_TK, route)
+            grad_scores = None
+            if scores_TK is not None and ctx.needs_input_grad[1]:
+                grad_scores = _score_gradient(grad_rows, x_TD, scores_TK, route)
         return grad_x, grad_scores, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out_home, out_foreign, scores_TK, route):
-        rows = _back(out_home, out_foreign, route)
-        _save(ctx, route, rows if scores_TK is not None else None, scores_TK)
-        return route.kernels.combine_rows(rows, route.maps.position_TK, scores_TK)
+        with part("combine"):
+            rows = _back(out_home, out_foreign, route)
+            _save(ctx, route, rows if scores_TK is not None else None, scores_TK)
+            return _sum_over_k(rows, scores_TK, route)
 
     @staticmethod
     def backward(ctx, grad_TD):
         route, rows, scores_TK = _load(ctx)
-        grad_TD = grad_TD.contiguous()
-        grad_scores = None
-        if scores_TK is not None and ctx.needs_input_grad[2]:
-            dots_TK = route.kernels.row_dots(rows, route.maps.position_TK, grad_TD)
-            grad_scores = dots_TK.to(scores_TK.dtype)
-        return *_there(grad_TD, scores_TK, route), grad_scores, None
+        with part("combine backward"):
+            grad_TD = grad_TD.contiguous()
+            grad_scores = None
+            if scores_TK is not None and ctx.needs_input_grad[2]:
+                grad_scores = _score_gradient(rows, grad_TD, scores_TK, route)
+            return *_there(grad_TD, scores_TK, route), grad_scores, None
 
 
 def _there(
     x_TD: torch.Tensor, scores_TK: torch.Tensor | None, route: Route
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scale_N = None if scores_TK is None else scores_TK.reshape(-1)[route.maps.send_order]
-    top_k = route.maps.position_TK.shape[1]
-    rows = route.kernels.gather_rows(x_TD, route.maps.send_order // top_k, scale_N)
+    with part("rows"):
+        scale_N = None if scores_TK is None else scores_TK.reshape(-1)[route.maps.send_order]
+        top_k = route.maps.position_TK.shape[1]
+        rows = route.kernels.gather_rows(x_TD, route.maps.send_order // top_k, scale_N)
     rows = _all_to_all(rows, route.send_splits, route.recv_splits, route.group)
-    rows = route.kernels.gather_rows(rows, route.maps.arrival_order)
+    with part("rows"):
+        rows = route.kernels.gather_rows(rows, route.maps.arrival_order)
     return rows[: route.num_home_rows], rows[route.num_home_rows :]
 
 
 def _back(home_rows: torch.Tensor, foreign_rows: torch.Tensor, route: Route) -> torch.Tensor:
     arrival_position = route.maps.arrival_position
-    rows = route.kernels.gather_rows(home_rows, arrival_position, tail_MD=foreign_rows)
+    with part("rows"):
+        rows = route.kernels.gather_rows(home_rows, arrival_position, tail_MD=foreign_rows)
     return _all_to_all(rows, route.recv_splits, route.send_splits, route.group)
+
+
+def _sum_over_k(rows: torch.Tensor, scores_TK: torch.Tensor | None, route: Route) -> torch.Tensor:
+    with part("rows"):
+        return route.kernels.combine_rows(rows, route.maps.position_TK, scores_TK)
+
+
+def _score_gradient(
+    rows: torch.Tensor, y_TD: torch.Tensor, scores_TK: torch.Tensor, route: Route
+) -> torch.Tensor:
+    with part("rows"):
+        dots_TK = route.kernels.row_dots(rows, route.maps.position_TK, y_TD)
+        return dots_TK.to(scores_TK.dtype)
 
 
 def _all_to_all(rows: torch.Tensor, send_splits, recv_splits, group) -> torch.Tensor:
     if len(send_splits) == 1:
         return rows
-    received = rows.new_empty((sum(recv_splits), rows.shape[1]))
-    dist.all_to_all_single(received, rows, recv_splits, send_splits, group=group)
-    return received
+    with part("all-to-all"):
+        received = rows.new_empty((sum(recv_splits), rows.shape[1]))
+        dist.all_to_all_single(received, rows, recv_splits, send_splits, group=group)
+        return received
 
 
 def _save(ctx, route: Route, *tensors: torch.Tensor | None) -> None:

@@ -32,6 +32,7 @@ from ds_llep.kernels.grouped_gemm import (
 from ds_llep.kernels.select import KernelSet
 from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
+from ds_llep.timeline import part
 
 
 class LLEPGroupedExperts(GroupedExperts):
@@ -118,13 +119,17 @@ class _ExpertMLP(torch.autograd.Function):
     ):
         with _no_autocast(home_rows):
             home = _in_dtype_of(home_rows, w1, w2, w3)
-            job.foreign.start()
-            out_home, *hidden_home = _mlp_forward(home_rows, home, home_counts, activation)
-            bundles = job.foreign.wait()
+            with part("fetch"):
+                job.foreign.start()
+            with part("home experts"):
+                out_home, *hidden_home = _mlp_forward(home_rows, home, home_counts, activation)
+            with part("wait for foreign"):
+                bundles = job.foreign.wait()
             foreign = job.foreign.layout.views(bundles)
-            out_foreign, *hidden_foreign = _mlp_forward(
-                foreign_rows, foreign, foreign_counts, activation
-            )
+            with part("foreign experts"):
+                out_foreign, *hidden_foreign = _mlp_forward(
+                    foreign_rows, foreign, foreign_counts, activation
+                )
         # The same number of tensors on every rank: activation checkpointing counts them.
         ctx.save_for_backward(
             *(home_rows, foreign_rows),
@@ -148,30 +153,37 @@ class _ExpertMLP(torch.autograd.Function):
         with _no_autocast(home_rows):
             home = _in_dtype_of(home_rows, w1, w2, w3)
             if bundles is None:
-                job.foreign.start()
-            home_step = _hidden_backward(
-                home_grad.contiguous(), hidden_home, home, home_counts, activation, *need
-            )
+                with part("fetch backward"):
+                    job.foreign.start()
+            with part("home experts backward"):
+                home_step = _hidden_backward(
+                    home_grad.contiguous(), hidden_home, home, home_counts, activation, *need
+                )
             if bundles is None:
-                bundles = job.foreign.wait()
+                with part("wait for foreign backward"):
+                    bundles = job.foreign.wait()
             foreign = job.foreign.layout.views(bundles)
-            foreign_step = _hidden_backward(
-                foreign_grad.contiguous(),
-                hidden_foreign,
-                foreign,
-                foreign_counts,
-                activation,
-                *need,
-            )
-            grad_rows = home_step.grad_rows, foreign_step.grad_rows
-            if not any(need_weights):
-                return *grad_rows, *[None] * 7
-            foreign_gradients = _weight_gradients(foreign_step, foreign_rows, foreign_counts)
-            del foreign_step  # its gate and up gradients are used up
+            with part("foreign experts backward"):
+                foreign_step = _hidden_backward(
+                    foreign_grad.contiguous(),
+                    hidden_foreign,
+                    foreign,
+                    foreign_counts,
+                    activation,
+                    *need,
+                )
+                grad_rows = home_step.grad_rows, foreign_step.grad_rows
+                if not any(need_weights):
+                    return *grad_rows, *[None] * 7
+                foreign_gradients = _weight_gradients(foreign_step, foreign_rows, foreign_counts)
+                del foreign_step  # its gate and up gradients are used up
             homecoming = GradientReturn(job.exchange, job.plan)
-            homecoming.start(foreign_gradients)
-            gradients = _weight_gradients(home_step, home_rows, home_counts)
-            homecoming.finish(gradients)
+            with part("gradient return"):
+                homecoming.start(foreign_gradients)
+            with part("home experts backward"):
+                gradients = _weight_gradients(home_step, home_rows, home_counts)
+            with part("gradient return"):
+                homecoming.finish(gradients)
         grad_weights = [
             gradient.to(weight.dtype) if needed else None
             for gradient, weight, needed in zip(gradients, (w1, w2, w3), need_weights, strict=True)

@@ -21,6 +21,7 @@ import torch
 from ds_llep.plan import Plan
 from ds_llep.ranks import RankTable
 from ds_llep.shards import Version, cut, on_device, part_numel, part_of, whole_shape
+from ds_llep.timeline import part
 from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
 
 
@@ -128,7 +129,8 @@ class ForeignWeights:
         plans: one for each EP group of the exchange's table.
         like: bundles travel in this tensor's dtype, to its device.
         size: bundles that the workspace holds; None: as planned.
-        count: told how many experts were sent within this EP group, at each fetch.
+        count: told how many experts were sent within this EP group, and their bytes together, at
+            each fetch.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class ForeignWeights:
         plans: Sequence[Plan],
         like: torch.Tensor,
         size: int | None,
-        count: Callable[[int], None],
+        count: Callable[[int, int], None],
     ) -> None:
         self._exchange, self._layer, self._weights = exchange, layer, weights
         self._like, self._size, self._count = like.new_empty(0), size, count
@@ -164,7 +166,8 @@ class ForeignWeights:
             places, missing[rank] = exchange.directory(rank).place(self._layer, experts)
             if rank == table.rank:
                 self._places = places
-        self._count(sum(len(missing.get(rank, ())) for rank in table.own_group))
+        sent = sum(len(missing.get(rank, ())) for rank in table.own_group)
+        self._count(sent, sent * self.layout.numel * self._like.element_size())
         if any(missing.values()):
             exchange.finish()  # a place may be given anew while data is still on its way there
             exchange.post(self._transfers(missing))
@@ -233,5 +236,6 @@ class _StartInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TD):
-        ctx.foreign.start()
+        with part("fetch backward"):
+            ctx.foreign.start()
         return grad_TD, None

@@ -23,6 +23,7 @@ from ds_llep.kernels.select import KernelSet, select_kernels
 from ds_llep.monitor import Statistics
 from ds_llep.plan import Plan, make_plan
 from ds_llep.shards import whole_shape
+from ds_llep.timeline import part
 
 
 @dataclass
@@ -100,13 +101,15 @@ class LLEPMoELayer(AutoEPMoELayer):
             plans,
             like=x_TD,
             size=context.workspace_size,
-            count=partial(context.statistics.count_fetched, context.index),
+            count=partial(context.statistics.count_fetched, context.index, self.training),
         )
         if exchange.always_ready:
-            foreign.start()
+            with part("fetch"):
+                foreign.start()
 
         before, after = (scores_TK, None) if self.score_apply == "pre" else (None, scores_TK)
-        route = make_route(selected_TK, plan, self.ep_rank, self.ep_group, context.kernels)
+        with part("route"):
+            route = make_route(selected_TK, plan, self.ep_rank, self.ep_group, context.kernels)
         home_rows, foreign_rows = dispatch(x_TD, before, route)
         job = ExpertJob(plan, exchange, foreign, keep_foreign, context.kernels)
 
@@ -130,25 +133,29 @@ class LLEPMoELayer(AutoEPMoELayer):
         context, exchange = self.llep, self.llep.exchange
         failure = scores_TK = selected_TK = None
         try:
-            scores_TK, selected_TK, counts_E = self.router(x_TD, self.expert_bias)
+            with part("router"):
+                scores_TK, selected_TK, counts_E = self.router(x_TD, self.expert_bias)
         except Exception as error:  # whatever it is, the others wait in gather_counts
             failure = error
         try:
-            counts_RE, versions_R = gather_counts(
-                selected_TK,
-                scores_TK,
-                self.num_experts,
-                exchange.group,
-                x_TD.device,
-                context.name,
-                exchange.version(context.index, weights),
-            )
+            with part("counts"):
+                counts_RE, versions_R = gather_counts(
+                    selected_TK,
+                    scores_TK,
+                    self.num_experts,
+                    exchange.group,
+                    x_TD.device,
+                    context.name,
+                    exchange.version(context.index, weights),
+                )
         except ValueError as error:
             raise error from failure
         with torch.no_grad():  # AutoEP's own utilisation counter
             self.tokens_per_expert.add_(counts_E)
         exchange.renew(context.index, versions_R)
         counts_by_group = exchange.counts_by_group(counts_RE)
-        plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
-        context.statistics.record(context.index, plans[exchange.table.group_index])
+        with part("plan"):
+            plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
+        own_plan = plans[exchange.table.group_index]
+        context.statistics.record(context.index, own_plan, self.training, x_TD.dtype)
         return scores_TK, selected_TK, plans

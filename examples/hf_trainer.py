@@ -3,7 +3,8 @@
     deepspeed examples/hf_trainer.py --deepspeed_config ds_configs/hf_trainer_zero3_ep2.json
 
 The Trainer knows nothing of ds_llep. `import ds_llep` registers the plugin, and the Trainer's own
-call of `deepspeed.initialize` finds the "llep" section in the JSON.
+call of `deepspeed.initialize` finds the "llep" section in the JSON. `LLEPCallback` adds load ratios
+to what the Trainer logs; it could be left out.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import Trainer, TrainingArguments
 
 import ds_llep
+from ds_llep.hf import LLEPCallback
 
 
 def parse_args():
@@ -63,17 +65,21 @@ def main():
         args=training_args,
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
     )
+    LLEPCallback.attach(trainer)
     trainer.train()
 
     status = ds_llep.status(trainer.model_wrapped)
     assert status["active"], "the Trainer's engine does not run ds_llep"
     if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print("loss, mean of each 5 steps:", *(f"{loss:.3f}" for loss in losses))
-        for layer, (before, after) in enumerate(
-            zip(status["load_ratio_before"], status["load_ratio_after"], strict=True)
-        ):
-            print(f"layer {layer}: load ratio {before:.2f} -> {after:.2f} (last micro-batch)")
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        losses = [entry["loss"] for entry in history]
+        print("means of all layers and of the steps since the line before:")
+        for entry in history:
+            before, after = (entry[f"llep/load_ratio_{when}_mean"] for when in ("before", "after"))
+            print(
+                f"  step {entry['step']}: loss {entry['loss']:.3f}, "
+                f"load ratio {before:.2f} -> {after:.2f} {'#' * round(40 * (before - 1))}"
+            )
         print(
             f"{args.steps} steps on {dist.get_world_size()} ranks through HF Trainer: "
             f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"

@@ -111,6 +111,30 @@ MISTAKES = {
         {},
         ["no MoE layer", "Qwen3ForCausalLM", '"llep.enabled" to false', "moe_layer_pattern"],
     ),
+    "trace in no folder": (
+        moe,
+        {"trace": {"enabled": True, "path": "/no such folder/trace.npz"}},
+        {},
+        ['"llep.trace"', "'/no such folder/trace.npz'", "No such file", '"llep.trace.path"'],
+    ),
+    "trace is a folder": (
+        moe,
+        {"trace": {"enabled": True, "path": "."}},
+        {},
+        ['"llep.trace.path"', "is a folder"],
+    ),
+    "trace without room": (
+        moe,
+        {"trace": {"enabled": True, "max_bytes": 127}},
+        {},
+        ['"llep.trace.max_bytes": 127', "Give it 128 or more"],  # 2 x 1 layer, 2 ranks, 8 experts
+    ),
+    "trace without end": (
+        moe,
+        {"trace": {"enabled": True, "max_bytes": 10**18}},
+        {},
+        ['"llep.trace"', 'lower "llep.trace.max_bytes"'],
+    ),
     "AutoTP folding": (
         moe,
         {},

@@ -28,6 +28,12 @@ DEFAULTS = {
     "weight_cache": True,
     "kernels": "auto",
     "monitor": {"enabled": False, "interval": 10},
+    "trace": {
+        "enabled": False,
+        "path": "llep_trace.npz",
+        "interval": 1,
+        "max_bytes": 64 * 1024 * 1024,
+    },
 }
 CHOICES = {
     "planner": ["lla"],
@@ -37,6 +43,7 @@ CHOICES = {
 }
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 WORLDS = {
+    "demo_cpu_monitored.json": [4],
     "demo_cpu_zero3_ep2.json": [4],
     "demo_gpu_zero3_ep2.json": [2, 4],
     "hf_trainer_zero3_ep2.json": [2, 4],
@@ -95,6 +102,12 @@ def test_unknown_key_in_monitor():
     assert 'did you mean "interval"?' in message
 
 
+def test_unknown_key_in_trace():
+    message = message_of({"trace": {"file": "trace.npz"}})
+    assert 'unknown key "llep.trace.file"' in message
+    assert "valid keys: enabled, path, interval, max_bytes" in message
+
+
 NUMBERS = "valid number"
 WHOLE = "valid integer"
 WRONG = [
@@ -119,7 +132,11 @@ WRONG = [
     *[("weight_source", value, "'auto', 'owner' or 'shards'") for value in ("home", 1, None)],
     *[("backward_weights", value, "'refetch' or 'keep'") for value in ("auto", True, None)],
     *[("kernels", value, "'auto', 'triton' or 'torch'") for value in ("cuda", False, None)],
-    *[("monitor", value, "dictionary") for value in (True, None, "auto", [], 3)],
+    *[
+        (key, value, "dictionary")
+        for key in ("monitor", "trace")
+        for value in (True, None, "auto", [], 3)
+    ],
 ]
 
 
@@ -147,6 +164,26 @@ def test_wrong_value_in_monitor(key, value, valid):
     assert valid in message.split(", got ")[0]
 
 
+@pytest.mark.parametrize(
+    "key, value, valid",
+    [
+        *[("enabled", value, "boolean") for value in ("true", "auto", 1, None)],
+        *[("path", value, "valid string") for value in (None, 3, True, ["trace.npz"])],
+        ("path", "", "at least 1 character"),
+        *[("interval", value, WHOLE) for value in ("10", "auto", 10.0, True, None)],
+        *[("interval", value, "1") for value in (0, -1)],
+        *[("max_bytes", value, WHOLE) for value in ("64M", "auto", 1e6, True, None)],
+        *[("max_bytes", value, "1") for value in (0, -1)],
+    ],
+    ids=str,
+)
+def test_wrong_value_in_trace(key, value, valid):
+    message = message_of({"trace": {key: value}})
+    assert f'"llep.trace.{key}"' in message
+    assert f"got {value!r}" in message
+    assert valid in message.split(", got ")[0]
+
+
 def test_every_mistake_is_named_at_once():
     message = message_of({"capacity_factor": 0.5, "planer": "lla", "monitor": {"interval": 0}})
     for key in ("llep.capacity_factor", "llep.planer", "llep.monitor.interval"):
@@ -162,7 +199,11 @@ def test_section_is_no_object(section):
 
 def test_immutable():
     config = LLEPConfig(enabled=True)
-    for target, key in ((config, "enabled"), (config.monitor, "interval")):
+    for target, key in (
+        (config, "enabled"),
+        (config.monitor, "interval"),
+        (config.trace, "path"),
+    ):
         with pytest.raises(ValueError, match="frozen"):
             setattr(target, key, 3)
     assert config == LLEPConfig(enabled=True)
@@ -188,6 +229,15 @@ def ratio() -> st.SearchStrategy:
             "monitor": st.fixed_dictionaries(
                 {}, optional={"enabled": st.booleans(), "interval": st.integers(1, 10**9)}
             ),
+            "trace": st.fixed_dictionaries(
+                {},
+                optional={
+                    "enabled": st.booleans(),
+                    "path": st.sampled_from(["trace.npz", "a folder/Spur é", " "]),
+                    "interval": st.integers(1, 10**9),
+                    "max_bytes": st.integers(1, 10**12),
+                },
+            ),
         },
     )
 )
@@ -195,7 +245,8 @@ def test_valid_sections_round_trip(section):
     """Through JSON and back, nothing changes and what is absent is the default."""
     config = LLEPConfig.from_ds_config(json.loads(json.dumps({"llep": section})))
     expected = {**DEFAULTS, **section}
-    expected["monitor"] = {**DEFAULTS["monitor"], **section.get("monitor", {})}
+    for key in ("monitor", "trace"):
+        expected[key] = {**DEFAULTS[key], **section.get(key, {})}
     assert config.model_dump() == expected
     assert LLEPConfig.from_ds_config({"llep": config.model_dump()}) == config
 

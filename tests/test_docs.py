@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 from ds_llep import LLEPConfig
-from ds_llep.config import MonitorConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,8 +20,10 @@ def test_examples_in_the_documentation():
 
 def test_table_of_config_keys():
     rows = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", README, flags=re.MULTILINE))
-    monitor = {f"monitor.{key}": value for key, value in MonitorConfig().model_dump().items()}
-    defaults = {**LLEPConfig().model_dump(exclude={"monitor"}), **monitor}
+    defaults = LLEPConfig().model_dump()
+    for section in ("monitor", "trace"):
+        values = defaults.pop(section).items()
+        defaults |= {f"{section}.{key}": value for key, value in values}
     assert {key: json.loads(value) for key, value in rows.items()} == defaults
 
 

@@ -22,26 +22,39 @@ ROOMS = {
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
     "plan": (set(), {"numpy"}),
     "counts": (set(), {"numpy", "torch", "deepspeed.comm"}),
-    "dispatch": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
+    "timeline": (set(), {"deepspeed.accelerator"}),
+    "dispatch": ({"plan", "timeline"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
     "ranks": (set(), {"torch", "deepspeed.comm"}),
     "shards": ({"ranks"}, {"torch", "deepspeed.accelerator", "deepspeed.runtime.zero"}),
     "workspace": (set(), {"torch"}),
-    "fetch": ({"plan", "ranks", "shards", "workspace"}, {"numpy", "torch", "deepspeed.comm"}),
+    "fetch": (
+        {"plan", "ranks", "shards", "timeline", "workspace"},
+        {"numpy", "torch", "deepspeed.comm"},
+    ),
     "returns": ({"plan", "fetch", "workspace"}, {"torch", "deepspeed.comm"}),
-    "experts": ({"plan", "fetch", "returns"} | KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
-    "monitor": ({"config", "plan"}, set()),
+    "experts": (
+        {"plan", "fetch", "returns", "timeline"} | KERNELS,
+        {"torch", "deepspeed.moe.ep_experts"},
+    ),
+    "trace": (set(), {"numpy"}),
+    "recorder": ({"compat", "config", "shards", "trace"}, {"numpy", "deepspeed.comm"}),
+    "monitor": ({"config", "plan", "recorder"}, {"torch"}),
     "layer": (
-        {"config", "plan", "counts", "dispatch", "shards", "fetch", "experts", "monitor"} | KERNELS,
+        {"config", "plan", "counts", "dispatch", "shards", "fetch", "experts", "monitor"}
+        | {"timeline"}
+        | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "activate": (
-        {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor"} | KERNELS,
+        {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
+        | KERNELS,
         {"torch", "deepspeed"},
     ),
-    "__init__": ({"activate", "config", "plan"}, set()),
+    "hf": ({"activate", "monitor"}, {"transformers"}),
+    "__init__": ({"activate", "compat", "config", "plan"}, set()),
     "run": (set(), set()),
-    "cli": (set(), set()),
+    "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),
     "report": (
         {"__init__", "compat", "kernels.reference"} | KERNELS,

@@ -39,8 +39,10 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
 import ds_llep
 from ds_llep import fetch
-from ds_llep.bench.layer import agreed_max, device_name, force_routing, say
 from ds_llep.bench.live_bytes import memory_counter
+from ds_llep.bench.measure import agreed_max
+from ds_llep.bench.ranks import device_name, say
+from ds_llep.bench.routing import force_routing
 
 MODES = ("autoep", "owner", "shards")
 CHECKPOINTING = ("none", "non_reentrant", "reentrant")
@@ -158,10 +160,9 @@ def measure(
         finally:
             if engine is not None:
                 engine.destroy()
-    device = torch.device(get_accelerator().current_device_name())
-    if not agreed_max(spilled, device) and mode != "autoep" and ep_size > 1:
+    if not agreed_max(spilled) and mode != "autoep" and ep_size > 1:
         raise ValueError("no plan spilled, so this would measure nothing")
-    return {name: int(agreed_max(value, device)) for name, value in found.items()}
+    return {name: int(agreed_max(value)) for name, value in found.items()}
 
 
 def draw(shape: Shape, ep_size: int, layers: list[AutoEPMoELayer]) -> dict[str, torch.Tensor]:

@@ -10,22 +10,11 @@ import time
 
 import numpy as np
 
+from ds_llep.bench.workloads import Draw, parse
 from ds_llep.plan import Plan, make_plan
 
 SIZES = ((64, 8), (128, 8), (256, 32), (256, 64))
-WORKLOADS = ("balanced", "zipf", "95:1")
-
-
-def routed_counts(workload: str, E: int, P: int, rows: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [P, E]: `rows` token copies per source rank, drawn from the workload's popularity."""
-    if workload == "balanced":
-        share_E = np.full(E, 1 / E)
-    elif workload == "zipf":
-        share_E = rng.permutation(1 / np.arange(1, E + 1))
-    else:
-        share_E = np.full(E, 0.05 / (E - 1))
-        share_E[0] = 0.95
-    return rng.multinomial(rows, share_E / share_E.sum(), size=P)
+WORKLOADS = ("balanced", "zipf:1", "95:1")
 
 
 def check(plan: Plan) -> None:
@@ -67,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     for E, P in SIZES:
         for workload in WORKLOADS:
-            rng = np.random.default_rng(args.seed)
-            counts_PE = routed_counts(workload, E, P, args.rows, rng)
+            # One expert a token: then it is the rows alone that count.
+            draw = Draw(E, 1, args.rows, source=0, layer=0, step=0, seed=args.seed)
+            counts_PE = parse(workload).counts_PE(P, draw)
             plan = make_plan(counts_PE, config)
             check(plan)
             plan_ms = median_ms(lambda c=counts_PE: make_plan(c, config), args.repeats)

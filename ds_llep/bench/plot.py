@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw(args: argparse.Namespace):
     if KINDS[args.kind] == RESULTS:
-        results = plot_results.read_results(args.file)
+        results = plot_results.group(args.file)
         if args.kind == "bars":
             return plot_results.draw_bars(results, args.time)
         return plot_results.draw_breakdown(results)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from ds_llep.bench.figures import PAGE, finish, new_figure
+from ds_llep.bench.micro_batches import training_rows
+from ds_llep.bench.step import planning_config
 from ds_llep.config import LLEPConfig
 from ds_llep.plan import Plan, make_plan
 from ds_llep.trace import Trace
@@ -54,7 +56,7 @@ def draw_experts(trace: Trace):
     Raises:
         ValueError: no token in training, or layers of different numbers of experts.
     """
-    rows = _training_rows(trace)
+    rows = training_rows(trace, trace.num_micro_batches)
     sizes = {layer.shape[-1] for layer in trace.layers}
     if len(sizes) > 1:
         raise ValueError(f"layers have {sorted(sizes)} experts; valid is one number for all")
@@ -80,7 +82,7 @@ def load_over_steps(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: nothing recorded in training.
     """
-    rows = _training_rows(trace)
+    rows = np.array(training_rows(trace, trace.num_micro_batches))
     steps = np.unique(trace.steps[rows])
     if len(steps) > MOST_STEPS:
         print(f"{MOST_STEPS} of {len(steps)} steps are drawn, equally far apart")
@@ -89,7 +91,9 @@ def load_over_steps(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     at_R = np.searchsorted(steps, trace.steps[rows])
     loads_SL4 = np.zeros((len(steps), trace.num_layers, 4))
     for layer in range(trace.num_layers):
-        config = _planning_config(trace, layer)
+        numel = 3 * trace.hidden_size[layer] * trace.ffn_size[layer]
+        expert_bytes = numel * getattr(torch, trace.dtype).itemsize
+        config = planning_config(LLEPConfig(**trace.llep), expert_bytes)
         for row, at in zip(rows.tolist(), at_R, strict=True):
             loads_SL4[at, layer] += _loads(make_plan(trace.counts(row, layer), config))
     return steps, loads_SL4 / np.bincount(at_R)[:, None, None]
@@ -101,24 +105,6 @@ def _loads(plan: Plan) -> tuple[float, float, float, float]:
     if not mean:
         return 1.0, 1.0, 1.0, 1.0
     return tuple(load / mean for side in (before_P, after_P) for load in (side.max(), side.min()))
-
-
-def _planning_config(trace: Trace, layer: int) -> LLEPConfig:
-    """With the limits on foreign experts made one, as the layer does."""
-    config = LLEPConfig(**trace.llep)
-    limits = [config.max_foreign_experts]
-    if config.max_foreign_bytes is not None:
-        numel = 3 * trace.hidden_size[layer] * trace.ffn_size[layer]
-        limits.append(config.max_foreign_bytes // (numel * getattr(torch, trace.dtype).itemsize))
-    most = min((limit for limit in limits if limit is not None), default=None)
-    return config.model_copy(update={"max_foreign_experts": most})
-
-
-def _training_rows(trace: Trace) -> np.ndarray:
-    rows = np.flatnonzero(trace.training)
-    if not len(rows):
-        raise ValueError(f"all {trace.num_micro_batches} micro-batches are of evaluation")
-    return rows
 
 
 def _layer_index(trace: Trace, layer: str) -> int:
@@ -133,8 +119,8 @@ def _layer_index(trace: Trace, layer: str) -> int:
 
 
 def _origin(trace: Trace) -> str:
-    rows = _training_rows(trace)
-    return f"{len(rows)} micro-batch{'es' * (len(rows) > 1)} of training, EP {trace.ep_size}"
+    number = int(np.count_nonzero(trace.training))
+    return f"{number} micro-batch{'es' * (number > 1)} of training, EP {trace.ep_size}"
 
 
 def _bands(steps: np.ndarray, panels: dict[str, np.ndarray], caption: str):

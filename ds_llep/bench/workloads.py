@@ -100,8 +100,8 @@ class Workload:
         return np.random.default_rng([name, draw.seed, draw.step, draw.layer, draw.source])
 
 
-def parse(name: str) -> Workload:
-    """The workload of that name.
+def parse(name: str, experts_per_rank: int | None = None) -> Workload:
+    """The workload of that name; ``R:local`` has as many hot experts as a rank has at home.
 
     Raises:
         ValueError: an unknown name, parameters that make no sense, a data set or a file that is
@@ -123,7 +123,8 @@ def parse(name: str) -> Workload:
         if kind == "trace":
             return Workload(name, functools.partial(_replay, _load_trace(parameter)))
         if kind.replace(".", "", 1).isdigit():
-            percent, hot = float(kind), _number(parameter, int)
+            local = parameter == "local" and experts_per_rank
+            percent, hot = float(kind), local or _number(parameter, int)
             if percent > 100:
                 raise ValueError(f"{kind} % is more than all tokens")
             return Workload(name, functools.partial(_share_on_hot, percent / 100, hot))

@@ -1,0 +1,65 @@
+"""A rank's tokens in one workload, routed anew at every step."""
+
+from __future__ import annotations
+
+import functools
+
+import deepspeed.comm as dist
+import numpy as np
+import torch
+
+from ds_llep.bench.shapes import Shape
+from ds_llep.bench.workloads import Draw, parse
+
+
+class Batch:
+    """Inputs, output gradients and routing of this rank.
+
+    Args:
+        workload: its name.
+        shape: of the layers.
+        ep_size: ranks of an EP group.
+        seed: of tokens and routing.
+        like: tokens have this tensor's dtype and device.
+
+    Raises:
+        ValueError: an unknown workload, or one that does not fit the shape.
+    """
+
+    def __init__(
+        self, workload: str, shape: Shape, ep_size: int, seed: int, like: torch.Tensor
+    ) -> None:
+        self._workload = parse(workload, shape.num_experts // ep_size)
+        self._shape, self._ep_size, self._seed, self._like = shape, ep_size, seed, like
+        # Kept, since every mode runs the same steps.
+        self.ids = functools.lru_cache(None)(self._ids)
+        self.ids(0, 0)
+
+    def tokens(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and output gradient, each ``[1, T, D]``; T may change from step to step."""
+        like, D = self._like, self._shape.hidden_size
+        seed = self._seed * 1000 + dist.get_rank()
+        return _tokens(len(self.ids(step, 0)), D, seed, like.dtype, like.device)
+
+    def counts_PE(self, step: int, layer: int) -> np.ndarray:
+        """int64 ``[P, E]`` of this rank's EP group."""
+        first = dist.get_rank() // self._ep_size * self._ep_size
+        return self._workload.counts_PE(self._ep_size, self._draw(step, layer, first))
+
+    def _ids(self, step: int, layer: int) -> torch.Tensor:
+        ids_TK = self._workload.expert_ids(self._draw(step, layer, dist.get_rank()))
+        return torch.from_numpy(ids_TK).to(self._like.device)
+
+    def _draw(self, step: int, layer: int, source: int) -> Draw:
+        E, K, tokens = self._shape.num_experts, self._shape.top_k, self._shape.tokens
+        return Draw(E, K, tokens, source, layer, step, self._seed)
+
+
+@functools.lru_cache(4)  # one for all workloads with as many tokens
+def _tokens(
+    number: int, hidden_size: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    size = 1, number, hidden_size
+    x = torch.randn(size, generator=generator, dtype=dtype, device=device)
+    return x, torch.randn(size, generator=generator, dtype=dtype, device=device)
