@@ -365,22 +365,28 @@ def test_load_under_limits(limits, tmp_path):
 def test_experts(tmp_path, seed):
     """Tokens of an expert over an even share, summed over training; ranks' borders, hottest."""
     layers = draw_counts(seed, 5, 4, 16, 3)
+    layers[1] *= np.arange(16) == 5  # one expert has all tokens, and fewer than other layers have
+    layers[1] //= 40
+    layers[1][0, 0, 5] += 1
+    layers.append(np.zeros_like(layers[0]))  # a layer that never ran
     training = [True, False, True, True, True]
     trace = Trace.load(save_trace(tmp_path / "t.npz", layers, training=training))
     figure = plot_traces.draw_experts(trace)
     axes, colours = figure.axes
     counts_LE = np.stack([counts[np.array(training)].sum((0, 1)) for counts in layers])
-    popularity_LE = counts_LE / counts_LE.mean(axis=1, keepdims=True)
+    popularity_LE = np.zeros(counts_LE.shape)
+    for layer in range(3):
+        popularity_LE[layer] = counts_LE[layer] / counts_LE[layer].mean()
+    assert popularity_LE[1].max() == 16
     (image,) = axes.images
     assert image.get_array().filled(0) == pytest.approx(popularity_LE)
     assert image.norm(1.0) == pytest.approx(0.5) and image.norm.vmax >= popularity_LE.max()
     borders, hottest = axes.collections
     assert [path[0][0] for path in borders.get_segments()] == [3.5, 7.5, 11.5]
     assert hottest.get_offsets().tolist() == [
-        [int(row.argmax()), layer] for layer, row in enumerate(popularity_LE)
+        [int(row.argmax()), layer] for layer, row in enumerate(popularity_LE[:3])
     ]
-    layer, expert = np.unravel_index(popularity_LE.argmax(), popularity_LE.shape)
-    assert f"expert {expert} in layer {layer}" in figure.get_supxlabel()
+    assert "expert 5 in layer 1 (model.layers.1.mlp), 16.0 times" in figure.get_supxlabel()
     assert "4 micro-batches of training, EP 4" in figure.get_supxlabel()
     ticks = [text.get_text() for text in colours.get_yticklabels()]
     assert "1" in ticks and any(tick.startswith("1/") for tick in ticks)
@@ -392,6 +398,9 @@ def test_traces_that_cannot_be_drawn(tmp_path, seed):
     for figure_of in (plot_traces.draw_experts, lambda t: plot_traces.draw_load(t, None)):
         with pytest.raises(ValueError, match="no training micro-batch: it was recorded in eval"):
             figure_of(evaluated)
+    idle = Trace.load(save_trace(tmp_path / "c.npz", [np.zeros((1, 2, 8))]))
+    with pytest.raises(ValueError, match="no layer had a token in training"):
+        plot_traces.draw_experts(idle)
     mixed = Trace.load(save_trace(tmp_path / "b.npz", [layers[0], layers[1][:, :, :6]]))
     with pytest.raises(ValueError, match=r"layers have \[6, 8\] experts"):
         plot_traces.draw_experts(mixed)
@@ -510,7 +519,10 @@ def test_command(tmp_path, capsys, seed):
         assert plot(kind, file, "--out", svg) == 0
         assert capsys.readouterr().out == f"wrote {svg}\n"
         assert svg.read_text() == first
-    assert plot("bars", results, "--time", "step", "--out", tmp_path / "a.png") == 0
+    assert "forward+backward:" in (tmp_path / "bars.svg").read_text()
+    assert plot("bars", results, "--time", "step", "--out", tmp_path / "bars.svg") == 0
+    assert "step:" in (tmp_path / "bars.svg").read_text()
+    assert plot("bars", results, "--out", tmp_path / "a.png") == 0
     assert plot("load", trace, "--layer", "model.layers.1.mlp", "--out", tmp_path / "b.svg") == 0
     assert "layer 1, model.layers.1.mlp" in (tmp_path / "b.svg").read_text()
     made = {path.name for path in tmp_path.iterdir()}

@@ -54,14 +54,17 @@ def draw_experts(trace: Trace):
     """How popular which expert is in which layer, over all of training.
 
     Raises:
-        ValueError: nothing recorded in training, or layers of different numbers of experts.
+        ValueError: no token in training, or layers of different numbers of experts.
     """
     rows = training_rows(trace, trace.num_micro_batches)
     sizes = {layer.shape[-1] for layer in trace.layers}
     if len(sizes) > 1:
         raise ValueError(f"layers have {sorted(sizes)} experts; valid is one number for all")
     counts_LE = np.stack([layer[rows].sum((0, 1), dtype=np.int64) for layer in trace.layers])
-    popularity_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1)
+    if not counts_LE.any():
+        raise ValueError("no layer had a token in training")
+    mean_L1 = counts_LE.mean(axis=1, keepdims=True)
+    popularity_LE = counts_LE / np.where(mean_L1, mean_L1, 1)
     layer, expert = np.unravel_index(popularity_LE.argmax(), popularity_LE.shape)
     caption = (
         f"{_origin(trace)}; hottest: expert {expert} in layer {layer} "
@@ -175,9 +178,10 @@ def _heat_map(popularity_LE: np.ndarray, ranks: int, caption: str):
         interpolation="nearest",
     )
     axes.vlines(np.arange(M, E, M) - 0.5, -0.5, L - 0.5, color="black", linewidth=0.6)
+    used = np.flatnonzero(popularity_LE.any(axis=1))
     axes.scatter(
-        popularity_LE.argmax(axis=1),
-        np.arange(L),
+        popularity_LE[used].argmax(axis=1),
+        used,
         s=9,
         color="white",
         edgecolors="black",
