@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from launcher import ROOT, environment, launch
+from launcher import ROOT, environment
 
 from ds_llep import cli
 from ds_llep.bench import output
@@ -154,14 +154,20 @@ def test_command(tmp_path):
 
 
 def test_published_options(tmp_path):
-    """The command of the paper's repository, under a launcher, with the program's name changed."""
+    """The command of the paper's repository with the program's name changed."""
     options = "--num_tokens 64 --hidden_size 64 --intermediate_size 32 --num_experts 8 --top_k 2"
     options += " --max_tokens_factor 1.5 --min_tokens_per_gemm 2 --num_runs 2"
     options += f" --modes llep --machine {MACHINE} --json {tmp_path}/results.jsonl"
-    imbalance = ["--imbalance_configs", "30:4,80:local"]
-    module = ["--module", "ds_llep", "bench"]
-    code, out = launch(2, *module, *options.split(), *imbalance, cwd=tmp_path, timeout=120)
-    assert code == 0, out
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + ["-m", "ds_llep", "bench", *options.split(), "--imbalance_configs", "30:4,80:local"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     for line in map(json.loads, Path(tmp_path, "results.jsonl").read_text().splitlines()):
         assert line["workload"] in ("30:4", "80:local")
         assert line["llep"]["capacity_factor"] == 1.5
@@ -212,6 +218,12 @@ def test_mistakes(arguments, message, capsys, monkeypatch):
         assert cli.main(["bench", *arguments.split()]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_launchers_argument_in_front(capsys):
+    """DeepSpeed's launcher says `--local_rank=1` before anything else."""
+    assert cli.main(["--local_rank=1", "bench", "--shape", "qwen9"]) == 2
+    assert "unknown preset 'qwen9'" in capsys.readouterr().err
 
 
 def test_too_few_devices(capsys, monkeypatch):

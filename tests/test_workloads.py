@@ -273,8 +273,8 @@ def test_real_load_ratio(seed):
 
 @pytest.fixture
 def trace(tmp_path, seed) -> tuple[str, np.ndarray]:
-    """A workload that replays a file, and the file's counts ``[S, L, P, E]``."""
-    counts_SLPE = np.random.default_rng(seed).integers(1, 99, (3, 2, 4, 8))
+    """A workload that replays a file, and the counts ``[S, L, P, E]`` of training in it."""
+    counts_SLPE = np.random.default_rng(seed).integers(1, 99, (4, 2, 4, 8))
     counts_SLPE[..., 0] += -counts_SLPE.sum(-1) % 2  # two experts a token
     about = {
         **{"format": 1, "ds_llep": "0.1.0", "ep_size": 4, "dtype": "float32", "llep": {}},
@@ -283,12 +283,12 @@ def trace(tmp_path, seed) -> tuple[str, np.ndarray]:
     np.savez(
         tmp_path / "run.npz",
         about=np.array(json.dumps(about)),
-        micro_batches=np.arange(3),
-        steps=np.arange(3),
-        training=np.ones(3, dtype=bool),
+        micro_batches=np.arange(4),
+        steps=np.arange(4),
+        training=np.array([True, False, True, True]),
         **{f"counts_{layer:03d}": counts_SLPE[:, layer].astype(np.uint32) for layer in range(2)},
     )
-    return f"trace:{tmp_path / 'run.npz'}", counts_SLPE
+    return f"trace:{tmp_path / 'run.npz'}", counts_SLPE[[0, 2, 3]]
 
 
 def test_trace(trace, seed):

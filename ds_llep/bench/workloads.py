@@ -16,7 +16,8 @@ All of it is integer or fp64 NumPy on the host, so a CPU, a GPU and the simulato
     empty              source rank 1 has no token, three quarters of the experts get none
     rotating, burst    hot_rank whose hot experts move on at every step, every 16 steps
     real:SET           popularity by layer in Qwen3-30B-A3B on a data set (see docs/benchmarks.md)
-    trace:FILE         what a run recorded (``"llep": {"trace": ...}``), step by step
+    trace:FILE         what a run recorded (``"llep": {"trace": ...}``), its training micro-batches
+                       one after the other
 
 In all but ``R:H`` a token's K experts are distinct.
 """
@@ -30,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ds_llep.trace import Trace
 
 REAL = Path(__file__).with_name("qwen3_30b_a3b_expert_share.npz")
 BURST_STEPS = 16
@@ -121,7 +124,7 @@ def parse(name: str, experts_per_rank: int | None = None) -> Workload:
         if kind == "real":
             return Workload(name, _popular(functools.partial(_real, _real_shares(parameter))))
         if kind == "trace":
-            return Workload(name, functools.partial(_replay, _load_trace(parameter)))
+            return Workload(name, functools.partial(_replay, Trace.load(parameter)))
         if kind.replace(".", "", 1).isdigit():
             local = parameter == "local" and experts_per_rank
             percent, hot = float(kind), local or _number(parameter, int)
@@ -215,15 +218,12 @@ def _real(shares_LE: np.ndarray, draw: Draw) -> np.ndarray:
     return shares_LE[draw.layer % len(shares_LE)]
 
 
-def _load_trace(path: str):
-    from ds_llep.trace import Trace
-
-    return Trace.load(path)
-
-
-def _replay(trace, rng: np.random.Generator, draw: Draw) -> list[Block]:
-    counts_PE = trace.counts(draw.step % trace.num_micro_batches, draw.layer % trace.num_layers)
-    counts_E = counts_PE[draw.source % len(counts_PE)].astype(np.int64)
+def _replay(trace: Trace, rng: np.random.Generator, draw: Draw) -> list[Block]:
+    # Training micro-batches; all where a run recorded nothing but evaluation.
+    rows = np.flatnonzero(trace.training == trace.training.max())
+    row = int(rows[draw.step % len(rows)])
+    counts_PE = trace.counts(row, draw.layer % trace.num_layers)
+    counts_E = counts_PE[draw.source % len(counts_PE)]
     if len(counts_E) != draw.num_experts:
         raise ValueError(f"the trace has {len(counts_E)} experts, the layer {draw.num_experts}")
     if counts_E.sum() % draw.top_k:
