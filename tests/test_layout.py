@@ -211,6 +211,10 @@ def test_wheel(built):
     with zipfile.ZipFile(wheel) as archive:
         found = {name: archive.read(name) for name in archive.namelist() if name.endswith(".py")}
         roots = {name.split("/")[0] for name in archive.namelist()}
+        (entry_points,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
+        assert "ds-llep = ds_llep.cli:main" in archive.read(entry_points).decode()
+        data = Path("ds_llep/bench/qwen3_30b_a3b_expert_share.npz")
+        assert archive.read(data.as_posix()) == (ROOT / data).read_bytes()
     assert found == expected_files()
     assert {root for root in roots if not root.endswith(".dist-info")} == {"ds_llep"}
 

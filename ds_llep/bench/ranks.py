@@ -115,7 +115,9 @@ def _join(args: argparse.Namespace) -> torch.device:
             f"--device {args.device}, but DeepSpeed uses {get_accelerator().device_name()} here; "
             "under a launcher set DS_ACCELERATOR for the launcher"
         )
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # mpirun's name for it, until DeepSpeed has given it its own.
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
+    get_accelerator().set_device(int(local_rank))
     deepspeed.utils.logger.setLevel("ERROR")
     # DeepSpeed calls a few PyTorch functions by their old names.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
