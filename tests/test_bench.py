@@ -200,6 +200,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
         ("--parts forward,upward", "--parts: unknown upward"),
         ("--llep {", "--llep: no JSON"),
         ('--llep {"lambda":2}', 'unknown key "llep.lambda"'),
+        ('--llep {"weight_source":"shards"}', "needs the shards of ZeRO-3"),
         ("--max_tokens_factor 0.5", '"llep.capacity_factor"'),
         ("--repeats 0", "--repeats 0; valid is 1 or more"),
         ("--ranks 0", "--ranks 0; valid is 1 or more"),
@@ -247,6 +248,9 @@ def test_no_rich(capsys):
     with mock.patch.dict(sys.modules, {"rich.console": None, "rich.table": None}):
         with pytest.raises(ValueError, match=r"pip install 'ds_llep\[tools\]'"):
             output.table("title", ["a"], [["1"]])
+        with mock.patch("ds_llep.bench.ranks.elastic_launch", side_effect=AssertionError):
+            assert cli.main(["bench", "--ranks", "2", "--device", "cpu"]) == 2
+    assert "ds_llep[tools]" in capsys.readouterr().err
 
 
 def test_presets_are_shapes_that_split():

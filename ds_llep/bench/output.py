@@ -16,19 +16,31 @@ import torch
 PACKAGES = ("deepspeed", "triton", "transformers", "numpy")
 
 
+def check_rich() -> None:
+    """Find out before a long run that its results could not be printed.
+
+    Raises:
+        ValueError: the package ``rich`` is missing.
+    """
+    try:
+        import rich.console
+        import rich.table  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "the tables need the package rich: pip install 'ds_llep[tools]' (or rich)"
+        ) from None
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; columns of numbers are aligned to the right.
 
     Raises:
         ValueError: the package ``rich`` is missing.
     """
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        raise ValueError(
-            "the tables need the package rich: pip install 'ds_llep[tools]' (or rich)"
-        ) from None
+    check_rich()
+    from rich.console import Console
+    from rich.table import Table
+
     rows = [[str(cell) for cell in row] for row in rows]
     made = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
@@ -36,9 +48,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         made.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         made.add_row(*row)
-    # A file or a pipe has no width: as wide as the table then.
-    console = Console(width=None if sys.stdout.isatty() else 250)
-    console.print(made)
+    # As wide as it needs: a terminal that is narrower breaks lines, where rich would cut numbers.
+    Console(width=250).print(made)
 
 
 def number(value: float | None, digits: int = 2) -> str:

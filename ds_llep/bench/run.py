@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         return compare.show(*args.compare)
     settings = read_settings(args)
+    output.check_rich()
     if not ranks.launched():
         settings.check(ranks.number_to_start(args))
         output.check_writable(args.json)
@@ -98,8 +99,9 @@ def measure(args: argparse.Namespace, settings: Settings, device: torch.device) 
     command = " ".join(["ds-llep", *sys.argv[1:]])
     about = {"versions": output.versions(), "commit": output.commit(), "command": command}
     records = [{**record, **about} for record in records]
+    failed = output.append_json(args.json, records)
     show(settings, records)
-    return output.append_json(args.json, records)
+    return failed
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
@@ -117,6 +119,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
     given = {name: value for name, value in aliases.items() if value is not None}
     section = read_section(args.llep).model_dump()
     config = LLEPConfig(**{**section, **given, "enabled": True})
+    if config.weight_source == "shards":
+        raise ValueError(
+            '--llep: "weight_source": "shards" needs the shards of ZeRO-3, and the layers timed '
+            "here are whole; python -m ds_llep.bench.memory measures a model with them"
+        )
     for name in ("layers", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}; valid is 1 or more")
