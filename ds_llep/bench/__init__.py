@@ -1,1 +1,1 @@
-"""Benchmarks, one module each: `python -m ds_llep.bench.NAME --help`."""
+"""What the commands of `ds-llep` are made of; `plan` and `memory` run as modules (`python -m`)."""
