@@ -106,6 +106,34 @@ class LLEPConfig(_StrictModel):
     trace: TraceConfig = Field(default_factory=TraceConfig)
     """See :class:`TraceConfig`."""
 
+    def with_room(
+        self, expert_bytes: int, whose: str = "", in_dtype: str = ""
+    ) -> tuple[LLEPConfig, int | None]:
+        """The config with its two limits on foreign experts made one.
+
+        Args:
+            expert_bytes: of one expert in the dtype that it travels in.
+            whose: the layer, for the message.
+            in_dtype: the dtype, for the message.
+
+        Returns:
+            The config, and the foreign experts that ``max_foreign_bytes`` has room for; None: any.
+
+        Raises:
+            ValueError: ``max_foreign_bytes`` is less than one expert.
+        """
+        limit, room = self.max_foreign_bytes, None
+        if limit is not None:
+            if limit < expert_bytes:
+                raise ValueError(
+                    f'"{SECTION}.max_foreign_bytes": {limit} is less than one expert{whose}, '
+                    f"{expert_bytes} bytes{in_dtype}. Give it {expert_bytes} or more; to keep all "
+                    'experts at home, set "max_foreign_experts" to 0.'
+                )
+            room = limit // expert_bytes
+        limits = [most for most in (self.max_foreign_experts, room) if most is not None]
+        return self.model_copy(update={"max_foreign_experts": min(limits, default=None)}), room
+
     @classmethod
     def from_ds_config(cls, ds_config: dict[str, Any]) -> LLEPConfig:
         """Read the section from a whole DeepSpeed config; absent means all defaults, disabled.

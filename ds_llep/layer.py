@@ -51,19 +51,10 @@ class LayerContext:
         if self._prepared_for == (like.dtype, like.device):
             return
         self.kernels = select_kernels(self.config.kernels, like.device)
-        limit, limits = self.config.max_foreign_bytes, [self.config.max_foreign_experts]
-        if limit is not None:
-            expert = sum(whole_shape(w)[1:].numel() for w in weights) * like.element_size()
-            if limit < expert:
-                raise ValueError(
-                    f'"llep.max_foreign_bytes": {limit} is less than one expert of MoE layer '
-                    f"'{self.name}', {expert} bytes in {like.dtype}. Give it {expert} or more; to "
-                    'keep all experts at home, set "max_foreign_experts" to 0.'
-                )
-            self.workspace_size = limit // expert
-            limits.append(self.workspace_size)
-        most = min((n for n in limits if n is not None), default=None)
-        self.planning = self.config.model_copy(update={"max_foreign_experts": most})
+        expert_bytes = sum(whole_shape(w)[1:].numel() for w in weights) * like.element_size()
+        self.planning, self.workspace_size = self.config.with_room(
+            expert_bytes, f" of MoE layer '{self.name}'", f" in {like.dtype}"
+        )
         self._prepared_for = like.dtype, like.device
 
 

@@ -62,6 +62,14 @@ def message_of(section) -> str:
     return str(caught.value)
 
 
+def assert_explained(section, key: str, value, valid: str) -> None:
+    """The error names the key, what was given, and, before that, what is valid."""
+    message = message_of(section)
+    assert f'"{key}"' in message
+    assert f"got {value!r}" in message
+    assert valid in message.split(", got ")[0]
+
+
 def test_defaults():
     assert LLEPConfig().model_dump() == DEFAULTS
     assert LLEPConfig.from_ds_config({}) == LLEPConfig()
@@ -142,10 +150,7 @@ WRONG = [
 
 @pytest.mark.parametrize("key, value, valid", WRONG, ids=str)
 def test_wrong_value(key, value, valid):
-    message = message_of({key: value})
-    assert f'"llep.{key}"' in message
-    assert f"got {value!r}" in message
-    assert valid in message.split(", got ")[0]
+    assert_explained({key: value}, f"llep.{key}", value, valid)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +163,7 @@ def test_wrong_value(key, value, valid):
     ids=str,
 )
 def test_wrong_value_in_monitor(key, value, valid):
-    message = message_of({"monitor": {key: value}})
-    assert f'"llep.monitor.{key}"' in message
-    assert f"got {value!r}" in message
-    assert valid in message.split(", got ")[0]
+    assert_explained({"monitor": {key: value}}, f"llep.monitor.{key}", value, valid)
 
 
 @pytest.mark.parametrize(
@@ -178,10 +180,7 @@ def test_wrong_value_in_monitor(key, value, valid):
     ids=str,
 )
 def test_wrong_value_in_trace(key, value, valid):
-    message = message_of({"trace": {key: value}})
-    assert f'"llep.trace.{key}"' in message
-    assert f"got {value!r}" in message
-    assert valid in message.split(", got ")[0]
+    assert_explained({"trace": {key: value}}, f"llep.trace.{key}", value, valid)
 
 
 def test_every_mistake_is_named_at_once():

@@ -23,9 +23,7 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from unittest import mock
@@ -41,7 +39,7 @@ import ds_llep
 from ds_llep import fetch
 from ds_llep.bench.live_bytes import memory_counter
 from ds_llep.bench.measure import agreed_max
-from ds_llep.bench.ranks import device_name, say
+from ds_llep.bench.ranks import device_name, initialize, say
 from ds_llep.bench.routing import force_routing
 
 MODES = ("autoep", "owner", "shards")
@@ -77,11 +75,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="append a line for each measurement")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     args = parser.parse_args()
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    deepspeed.init_distributed(verbose=False)
-    deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed calls a few PyTorch functions by their old names.
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    initialize("WARNING")
     gc.freeze()  # collections then leave out what imports made, which is most of their work
     sizes = {field.name: getattr(args, field.name) for field in fields(Shape)[1:]}
     about = {"ranks": dist.get_world_size(), "ep_size": args.ep_size, "offload": args.offload}

@@ -13,7 +13,6 @@ import torch
 
 from ds_llep.bench.figures import PAGE, finish, new_figure
 from ds_llep.bench.micro_batches import training_rows
-from ds_llep.bench.step import planning_config
 from ds_llep.config import LLEPConfig
 from ds_llep.plan import Plan, make_plan
 from ds_llep.trace import Trace
@@ -93,7 +92,7 @@ def load_over_steps(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     for layer in range(trace.num_layers):
         numel = 3 * trace.hidden_size[layer] * trace.ffn_size[layer]
         expert_bytes = numel * getattr(torch, trace.dtype).itemsize
-        config = planning_config(LLEPConfig(**trace.llep), expert_bytes)
+        config, _ = LLEPConfig(**trace.llep).with_room(expert_bytes)
         for row, at in zip(rows.tolist(), at_R, strict=True):
             loads_SL4[at, layer] += _loads(make_plan(trace.counts(row, layer), config))
     return steps, loads_SL4 / np.bincount(at_R)[:, None, None]

@@ -115,18 +115,23 @@ def _join(args: argparse.Namespace) -> torch.device:
             f"--device {args.device}, but DeepSpeed uses {get_accelerator().device_name()} here; "
             "under a launcher set DS_ACCELERATOR for the launcher"
         )
-    # mpirun's name for it, until DeepSpeed has given it its own.
-    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
-    get_accelerator().set_device(int(local_rank))
-    deepspeed.utils.logger.setLevel("ERROR")
-    # DeepSpeed calls a few PyTorch functions by their old names.
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    deepspeed.init_distributed(verbose=False)
+    initialize("ERROR")
     if args.ranks not in (None, dist.get_world_size()):
         raise ValueError(
             f"--ranks {args.ranks}, but the launcher started {dist.get_world_size()}; leave it out"
         )
     return torch.device(get_accelerator().current_device_name())
+
+
+def initialize(log_level: str) -> None:
+    """Take this rank's device and join the process group; DeepSpeed logs from this level on."""
+    # mpirun's name for it, until DeepSpeed has given it its own.
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
+    get_accelerator().set_device(int(local_rank))
+    deepspeed.utils.logger.setLevel(log_level)
+    # DeepSpeed calls a few PyTorch functions by their old names.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    deepspeed.init_distributed(verbose=False)
 
 
 def is_first() -> bool:

@@ -90,7 +90,7 @@ def step_cost(
         return _total(costs, plans)
     shapes, element_size = [shape for _, shape in layers], DTYPES[system.dtype]
     plans = [
-        make_plan(counts_PE, planning_config(config, shape.expert_numel * element_size))
+        make_plan(counts_PE, config.with_room(shape.expert_numel * element_size)[0])
         for counts_PE, shape in layers
     ]
     fetched, fetched_again = fetches(plans, shapes, config, element_size)
@@ -101,17 +101,6 @@ def step_cost(
         )
     ]
     return _total(costs, plans)
-
-
-def planning_config(config: LLEPConfig, expert_bytes: int) -> LLEPConfig:
-    """The config with its two limits on foreign experts made one, as the layer does it.
-
-    Raises:
-        ValueError: ``max_foreign_bytes`` is less than one expert.
-    """
-    room = _room(config, expert_bytes)
-    limits = [limit for limit in (config.max_foreign_experts, room) if limit is not None]
-    return config.model_copy(update={"max_foreign_experts": min(limits, default=None)})
 
 
 def fetches(
@@ -132,7 +121,7 @@ def fetches(
         nonlocal opened_for
         plan, shape = plans[layer], shapes[layer]
         if opened_for != (shape.hidden_size, shape.ffn_size):  # bundles of another layout
-            room = _room(config, shape.expert_numel * element_size)
+            _, room = config.with_room(shape.expert_numel * element_size)
             directories[:] = [
                 Directory(int(needed_P[p]) if room is None else room) for p in range(P)
             ]
@@ -193,15 +182,3 @@ def _sum(pairs: Iterable[Bytes]) -> Bytes:
 
 def _helpers(plan: Plan) -> list[int]:
     return [spill.helper for spill in plan.spills]
-
-
-def _room(config: LLEPConfig, expert_bytes: int) -> int | None:
-    """Foreign experts that ``max_foreign_bytes`` has room for; None: any number."""
-    if config.max_foreign_bytes is None:
-        return None
-    if config.max_foreign_bytes < expert_bytes:
-        raise ValueError(
-            f'"llep.max_foreign_bytes": {config.max_foreign_bytes} is less than one expert, '
-            f"{expert_bytes} bytes. Give it {expert_bytes} or more"
-        )
-    return config.max_foreign_bytes // expert_bytes
