@@ -8,76 +8,103 @@ waiting in the next collective.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import deepspeed.comm as dist
 import numpy as np
 import torch
 
+from ds_llep.kernels.select import KernelSet
+
 _EXTRA_FIELDS = 4  # unknown expert ids, non-finite scores, router raised, version of the weights
 
 
-def gather_counts(
-    selected_TK: torch.Tensor | None,
-    scores_TK: torch.Tensor | None,
-    num_experts: int,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-    layer_name: str,
-    version: int = 0,
-) -> tuple[np.ndarray, list[int]]:
-    """Gather how many tokens each rank of the group routes to each expert.
+@dataclass(frozen=True)
+class Counts:
+    """What the ranks of a group told each other, the same on every rank; int64 on the host."""
+
+    tokens_RE: np.ndarray
+    """``[R, E]``: a rank's tokens of each expert."""
+    reached_RP: np.ndarray
+    """``[R, P]``: a rank's tokens that have an expert at home on each rank of its EP group."""
+    versions: list[int]
+    """Of each rank's weights."""
+
+
+class Counting:
+    """The collective on its way, so that the device has other work while the host waits for it.
 
     Args:
         selected_TK: expert ids, integer ``[T, K]``; None where this rank's router raised.
         scores_TK: routing weights ``[T, K]``; None where this rank's router raised.
         num_experts: E, over a whole EP group.
+        num_ranks: P, of an EP group.
         group: the EP group, or several together; all of its R ranks must call.
         device: where the collective runs.
-        layer_name: for the error message.
+        kernels: launchers that count.
         version: a number that the others want to know, of this rank's weights.
-
-    Returns:
-        int64 ``[R, E]`` on the host, the same on every rank, and every rank's version. Reading
-        them is the layer's one device-to-host synchronisation.
-
-    Raises:
-        ValueError: on every rank, if any rank's routing is unusable.
     """
-    report = torch.zeros(num_experts + _EXTRA_FIELDS, dtype=torch.int64, device=device)
-    report[-1:].fill_(version)  # assigned to an element, it would wait for the device
-    if selected_TK is None:
-        report[-2] = 1
-    else:
-        ids = selected_TK.reshape(-1)
-        known = (ids >= 0) & (ids < num_experts)
-        # Unknown ids are counted in the field behind the last expert.
-        bins = torch.where(known, ids, num_experts).long()
-        report.scatter_add_(0, bins, torch.ones_like(bins))
-        report[-3] = scores_TK.numel() - scores_TK.detach().isfinite().sum()
 
-    num_ranks = 1 if group is None else dist.get_world_size(group=group)
-    if num_ranks > 1:
-        gathered = report.new_empty(num_ranks * report.numel())
-        dist.all_gather_into_tensor(gathered, report, group=group)
-    else:
+    def __init__(
+        self,
+        selected_TK: torch.Tensor | None,
+        scores_TK: torch.Tensor | None,
+        num_experts: int,
+        num_ranks: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        kernels: KernelSet,
+        version: int = 0,
+    ) -> None:
+        self._num_experts, self._group = num_experts, group
+        self._num_fields = num_experts + num_ranks + _EXTRA_FIELDS
+        fields = [0] * (self._num_fields - 2) + [int(selected_TK is None), version]
+        report = torch.tensor(fields).to(device, non_blocking=True)
+        if selected_TK is not None:
+            kernels.count_copies(selected_TK, scores_TK.detach(), num_experts, num_ranks, report)
+        size = 1 if group is None else dist.get_world_size(group=group)
         gathered = report
-    reports = gathered.view(num_ranks, -1).cpu().numpy()
+        if size > 1:
+            gathered = report.new_empty(size * report.numel())
+            dist.all_gather_into_tensor(gathered, report, group=group)
+        self._host = gathered.to("cpu", non_blocking=True)
+        self._event = None
+        if gathered.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
 
-    unknown, non_finite, raised, versions = reports[:, num_experts:].T
-    problems = (
-        (raised, "the router raised (see the error on that rank)"),
-        (unknown, f"the router chose expert ids outside [0, {num_experts})"),
-        (non_finite, "the router gave scores that are NaN or infinite"),
-    )
-    messages = [
-        f"{what} on rank(s) {_global_ranks(bad, group)}" for bad, what in problems if bad.any()
-    ]
-    if messages:
-        raise ValueError(
-            f"llep: MoE layer '{layer_name}': {'; '.join(messages)}. Every rank stops here, since "
-            "tokens without an expert cannot be dispatched. NaN scores usually mean that the model "
-            "has diverged (lower the learning rate, check the loss scale and the data)."
+    def wait(self, layer_name: str) -> Counts:
+        """The counts of all ranks: the layer's one device-to-host synchronisation.
+
+        Args:
+            layer_name: for the error message.
+
+        Raises:
+            ValueError: on every rank, if any rank's routing is unusable.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        reports, num_experts = self._host.numpy().reshape(-1, self._num_fields), self._num_experts
+        unknown, non_finite, raised, versions = reports[:, -_EXTRA_FIELDS:].T
+        problems = (
+            (raised, "the router raised (see the error on that rank)"),
+            (unknown, f"the router chose expert ids outside [0, {num_experts})"),
+            (non_finite, "the router gave scores that are NaN or infinite"),
         )
-    return reports[:, :num_experts], versions.tolist()
+        messages = [
+            f"{what} on rank(s) {_global_ranks(bad, self._group)}"
+            for bad, what in problems
+            if bad.any()
+        ]
+        if messages:
+            raise ValueError(
+                f"llep: MoE layer '{layer_name}': {'; '.join(messages)}. Every rank stops here, "
+                "since tokens without an expert cannot be dispatched. NaN scores usually mean that "
+                "the model has diverged (lower the learning rate, check the loss scale and the "
+                "data)."
+            )
+        reached = reports[:, num_experts:-_EXTRA_FIELDS]
+        return Counts(reports[:, :num_experts], reached, versions.tolist())
 
 
 def _global_ranks(flagged_R: np.ndarray, group: dist.ProcessGroup | None) -> list[int]:

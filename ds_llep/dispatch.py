@@ -1,254 +1,250 @@
-"""Dispatch and combine: rows to the ranks that compute them, and results back to their tokens.
+"""Dispatch and combine: tokens to the ranks that compute them, and results back to their tokens.
 
-Both directions are the same two moves. *There*: gather rows into the send order, all-to-all,
-regroup by expert. *Back*: undo the regrouping, all-to-all with the splits swapped. Dispatch goes
-there in forward and back in backward, combine the other way round, so one :class:`Route` serves all
+Both directions are the same two moves. *There*: one parcel for each token and rank, all-to-all, and
+from the parcels to the rows of all their copies. *Back*: rows summed over the copies of a parcel,
+all-to-all with the splits swapped, and a token's sum over its own rows and its parcels. Dispatch
+goes there in forward and back in backward, combine the other way round, so one route serves all
 four and every rank issues exactly one all-to-all for each, whatever the plan says.
 
-Between the two, rows are a pair: those of home slots and those of foreign slots. *There* leaves
-them in one buffer and hands out two views; *back* reads two buffers, as the experts make them,
-without joining them first.
+Sums run in fp32 and are rounded once where they are made: on the rank that computed the rows and
+once more on the token's own.
 
-Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``D`` hidden size, ``N`` rows. A *copy* is
-a (token, choice) pair, numbered ``t * K + k``.
+Between the two, rows are a pair: those of home slots and those of foreign slots. *There* leaves
+them in one buffer and hands out two views; *back* reads two buffers, as the experts make them.
+
+Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``D`` hidden size, ``N`` rows, ``U``
+parcels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
 import deepspeed.comm as dist
-import numpy as np
 import torch
 
-from ds_llep.kernels.select import KernelSet
-from ds_llep.plan import Plan
+from ds_llep.route import Route, RouteMaps
 from ds_llep.timeline import part
 
-
-class RouteMaps(NamedTuple):
-    """The index maps of a route, int64 on the device."""
-
-    send_order: torch.Tensor
-    """``[T * K]``: the copy at each place of the send buffer."""
-    position_TK: torch.Tensor
-    """``[T, K]``: the inverse, each copy's place in the send buffer."""
-    arrival_order: torch.Tensor
-    """``[N]``: the place in the receive buffer of each row, regrouped by expert slot."""
-    arrival_position: torch.Tensor
-    """``[N]``: its inverse."""
+Fields = tuple[tuple[int, torch.dtype], ...]
+"""What is in a parcel: elements and dtype, one after the other."""
+_ALIGNMENT = 16  # bytes that a thread of a GPU moves at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """Where every row of one layer and micro-batch goes."""
+class Dispatched(NamedTuple):
+    """What a rank computes, by expert slot, and where it came from."""
 
-    send_splits: list[int]
-    """Rows to each rank of the EP group."""
-    recv_splits: list[int]
-    """Rows from each rank of the EP group."""
-    rows_per_slot: list[int]
-    """Rows of each of this rank's expert slots: home experts first, then foreign ones."""
-    num_home_rows: int
-    """How many of the rows, the first ones, are those of home slots."""
-    group: dist.ProcessGroup | None
-    kernels: KernelSet
-    maps: RouteMaps | None
+    home_rows: torch.Tensor
+    """``[N_home, D]``."""
+    foreign_rows: torch.Tensor
+    """``[N_foreign, D]``; both are views of one buffer."""
+    scores_N: torch.Tensor
+    """The score of each row, home slots first; in at least fp32."""
+    arrived_UK: torch.Tensor
+    """int32 on the device: the row of each copy in each parcel that arrived, else -1."""
 
 
-def make_route(
-    selected_TK: torch.Tensor,
-    plan: Plan,
-    rank: int,
-    group: dist.ProcessGroup | None,
-    kernels: KernelSet,
-) -> Route:
-    """Turn the plan into this rank's splits and index maps.
+class DispatchBackward:
+    """Dispatch's backward of one layer and micro-batch, up to the all-to-all.
 
-    Args:
-        selected_TK: expert ids ``[T, K]`` in ``[0, E)``.
-        plan: the EP group's plan.
-        rank: this rank in the EP group.
-        group: the EP group.
-        kernels: launchers that move the rows.
+    Who has the rows' gradients may start it early, so that they travel while the gradients of the
+    weights are computed; dispatch itself does so otherwise.
     """
-    device = selected_TK.device
-    num_ranks, per_rank = plan.num_ranks, plan.experts_per_rank
 
-    # Copies sorted by expert, in token order within an expert, are cut into one run per rank.
-    send_EP = plan.send_EP(rank)
-    expert_start_E = _exclusive_cumsum(send_EP.sum(axis=1))
-    run_start_EP = expert_start_E[:, None] + np.cumsum(send_EP, axis=1) - send_EP
-    helper, expert = np.nonzero(send_EP.T)
-    foreign = expert // per_rank != helper
-    by_slot = np.lexsort((expert, foreign, helper))
-    helper, expert = helper[by_slot], expert[by_slot]
-    send_runs = run_start_EP[expert, helper], send_EP[expert, helper]
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._arriving: Callable[[], torch.Tensor] | None = None
 
-    # Rows arrive by source rank and, within one, by slot; the experts want them by slot.
-    recv_PS = plan.recv_PE(rank)[:, list(plan.slots(rank))]
-    arrival_start_PS = _exclusive_cumsum(recv_PS.ravel()).reshape(recv_PS.shape)
-    arrival_runs = arrival_start_PS.T.ravel(), recv_PS.T.ravel()
+    def start(
+        self,
+        grad_home: torch.Tensor,
+        grad_foreign: torch.Tensor,
+        grad_scores_N: torch.Tensor,
+        arrived_UK: torch.Tensor,
+    ) -> None:
+        """Sum gradients over the copies of each parcel and start to send them back."""
+        route = self._route
+        fields = _gradient_fields(grad_home, grad_scores_N, arrived_UK)
+        with part("rows"):
+            sent = _new_parcels(len(arrived_UK), fields, grad_home)
+            sums_UD, values_UK = _open(sent, fields)
+            route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
+            values_UK.copy_(_of_rows(grad_scores_N, arrived_UK))
+        self._arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
 
-    by_expert = torch.argsort(selected_TK.reshape(-1), stable=True)
-    send_order = by_expert[_concat_runs(*send_runs, device)]
-    arrival_order = _concat_runs(*arrival_runs, device)
-    send_splits = send_EP.sum(axis=0).tolist()
-    rows_per_slot = recv_PS.sum(axis=0).tolist()
-    assert len(send_splits) == num_ranks and send_order.numel() == selected_TK.numel()
-    return Route(
-        send_splits=send_splits,
-        recv_splits=recv_PS.sum(axis=1).tolist(),
-        rows_per_slot=rows_per_slot,
-        num_home_rows=sum(rows_per_slot[:per_rank]),
-        group=group,
-        kernels=kernels,
-        maps=RouteMaps(
-            send_order=send_order,
-            position_TK=_inverse(send_order).view(selected_TK.shape),
-            arrival_order=arrival_order,
-            arrival_position=_inverse(arrival_order),
-        ),
-    )
+    def finish(self, *gradients: torch.Tensor) -> list[torch.Tensor]:
+        """Sums ``[U, D]`` and score gradients ``[U, K]``, of this rank's tokens elsewhere.
+
+        ``gradients`` are those of :meth:`start`, which is called now if it was not before.
+        """
+        if self._arriving is None:
+            self.start(*gradients)
+        arriving, self._arriving = self._arriving, None
+        grad_home, _, grad_scores_N, arrived_UK = gradients
+        return _open(arriving(), _gradient_fields(grad_home, grad_scores_N, arrived_UK))
 
 
 def dispatch(
-    x_TD: torch.Tensor, scores_TK: torch.Tensor | None, route: Route
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Send each token ``[T, D]`` to the ranks that compute it.
+    x_TD: torch.Tensor,
+    scores_TK: torch.Tensor,
+    route: Route,
+    maps: RouteMaps,
+    backward: DispatchBackward,
+) -> Dispatched:
+    """Send each token ``[T, D]`` and its scores to the ranks that compute it.
 
-    ``scores_TK`` multiplies the rows before the experts, for models that weigh their inputs; None
-    for those that weigh the outputs. Differentiable in both.
-
-    Returns:
-        Rows by expert slot: ``[N_home, D]`` of home slots and ``[N_foreign, D]`` of foreign ones,
-        views of one buffer.
+    Differentiable in both.
     """
-    return _Dispatch.apply(x_TD, scores_TK, route)
+    return Dispatched(*_Dispatch.apply(x_TD, scores_TK, route, backward, *maps))
 
 
 def combine(
     out_home: torch.Tensor,
     out_foreign: torch.Tensor,
-    scores_TK: torch.Tensor | None,
+    arrived_UK: torch.Tensor,
     route: Route,
+    maps: RouteMaps,
 ) -> torch.Tensor:
-    """Send results home and sum them over K, weighted by ``scores_TK`` where given; ``[T, D]``.
+    """Send results home and sum them over K; ``[T, D]``.
 
-    ``out_home`` and ``out_foreign`` have the shapes that :func:`dispatch` returned. The sum runs in
-    fp32 and is rounded once. Differentiable in all three tensors.
+    ``out_home`` and ``out_foreign`` have the shapes that :func:`dispatch` returned. Differentiable
+    in both.
     """
-    return _Combine.apply(out_home, out_foreign, scores_TK, route)
+    return _Combine.apply(out_home, out_foreign, arrived_UK, maps.own_TK, maps.sent_TK, route)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, scores_TK, route):
-        _save(ctx, route, x_TD if scores_TK is not None else None, scores_TK)
+    def forward(ctx, x_TD, scores_TK, route, backward, own_TK, sent_TK, target_TK):
+        kernels = route.kernels
         with part("dispatch"):
-            return _there(x_TD, scores_TK, route)
+            hidden, top_k = x_TD.shape[1], scores_TK.shape[1]
+            score_dtype = torch.promote_types(scores_TK.dtype, torch.float32)
+            fields = (hidden, x_TD.dtype), (top_k, score_dtype), (top_k, torch.int32)
+            with part("rows"):
+                sent = _new_parcels(sum(route.send_splits) + 1, fields, x_TD)
+                tokens_UD, values_UK, targets_UK = _open(sent, fields)
+                kernels.label_parcels(sent_TK, target_TK, scores_TK, targets_UK, values_UK)
+                kernels.scatter_rows(x_TD, sent_TK, tokens_UD)
+            arriving = _all_to_all(sent[:-1], route.send_splits, route.recv_splits, route)
+            with part("rows"):
+                rows_ND = x_TD.new_empty((route.num_rows + 1, hidden))
+                scores_N = scores_TK.new_empty(route.num_rows + 1, dtype=score_dtype)
+                kernels.scatter_rows(x_TD, own_TK, rows_ND, scores_TK, scores_N)
+            tokens_UD, values_UK, targets_UK = _open(arriving(), fields)
+            with part("rows"):
+                arrived_UK = targets_UK.contiguous()
+                kernels.scatter_rows(tokens_UD, arrived_UK, rows_ND, values_UK, scores_N)
+        ctx.save_for_backward(own_TK, sent_TK, arrived_UK)
+        ctx.kernels, ctx.backward, ctx.score_dtype = kernels, backward, scores_TK.dtype
+        ctx.mark_non_differentiable(arrived_UK)
+        home, foreign = rows_ND[: route.num_home_rows], rows_ND[route.num_home_rows : -1]
+        return home, foreign, scores_N[:-1], arrived_UK
 
     @staticmethod
-    def backward(ctx, grad_home, grad_foreign):
-        route, x_TD, scores_TK = _load(ctx)
+    def backward(ctx, grad_home, grad_foreign, grad_scores_N, _):
+        own_TK, sent_TK, arrived_UK = ctx.saved_tensors
         with part("dispatch backward"):
-            grad_rows = _back(grad_home, grad_foreign, route)
-            grad_x = _sum_over_k(grad_rows, scores_TK, route)
-            grad_scores = None
-            if scores_TK is not None and ctx.needs_input_grad[1]:
-                grad_scores = _score_gradient(grad_rows, x_TD, scores_TK, route)
-        return grad_x, grad_scores, None
+            sums_UD, values_UK = ctx.backward.finish(
+                grad_home, grad_foreign, grad_scores_N, arrived_UK
+            )
+            with part("rows"):
+                grad_x = ctx.kernels.sum_rows(grad_home, grad_foreign, own_TK, sums_UD, sent_TK)
+                grad_scores = _of_rows(grad_scores_N, own_TK) + _of_parcels(values_UK, sent_TK)
+        return grad_x, grad_scores.to(ctx.score_dtype), *[None] * 5
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out_home, out_foreign, scores_TK, route):
+    def forward(ctx, out_home, out_foreign, arrived_UK, own_TK, sent_TK, route):
+        ctx.save_for_backward(own_TK, sent_TK, arrived_UK)
+        ctx.route = route
         with part("combine"):
-            rows = _back(out_home, out_foreign, route)
-            _save(ctx, route, rows if scores_TK is not None else None, scores_TK)
-            return _sum_over_k(rows, scores_TK, route)
+            with part("rows"):
+                sums_UD = route.kernels.sum_rows(out_home, out_foreign, arrived_UK)
+            arriving = _all_to_all(sums_UD, route.recv_splits, route.send_splits, route)
+            sums_UD = arriving()
+            with part("rows"):
+                return route.kernels.sum_rows(out_home, out_foreign, own_TK, sums_UD, sent_TK)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        route, rows, scores_TK = _load(ctx)
+        own_TK, sent_TK, arrived_UK = ctx.saved_tensors
+        kernels, route = ctx.route.kernels, ctx.route
+        hidden = grad_TD.shape[1]
         with part("combine backward"):
-            grad_TD = grad_TD.contiguous()
-            grad_scores = None
-            if scores_TK is not None and ctx.needs_input_grad[2]:
-                grad_scores = _score_gradient(rows, grad_TD, scores_TK, route)
-            return *_there(grad_TD, scores_TK, route), grad_scores, None
+            with part("rows"):
+                sent_UD = grad_TD.new_empty((sum(route.send_splits) + 1, hidden))
+                kernels.scatter_rows(grad_TD, sent_TK, sent_UD)
+            arriving = _all_to_all(sent_UD[:-1], route.send_splits, route.recv_splits, route)
+            with part("rows"):
+                rows_ND = grad_TD.new_empty((route.num_rows + 1, hidden))
+                kernels.scatter_rows(grad_TD, own_TK, rows_ND)
+            arrived_UD = arriving()
+            with part("rows"):
+                kernels.scatter_rows(arrived_UD, arrived_UK, rows_ND)
+        home, foreign = rows_ND[: route.num_home_rows], rows_ND[route.num_home_rows : -1]
+        return home, foreign, *[None] * 4
 
 
-def _there(
-    x_TD: torch.Tensor, scores_TK: torch.Tensor | None, route: Route
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with part("rows"):
-        scale_N = None if scores_TK is None else scores_TK.reshape(-1)[route.maps.send_order]
-        top_k = route.maps.position_TK.shape[1]
-        rows = route.kernels.gather_rows(x_TD, route.maps.send_order // top_k, scale_N)
-    rows = _all_to_all(rows, route.send_splits, route.recv_splits, route.group)
-    with part("rows"):
-        rows = route.kernels.gather_rows(rows, route.maps.arrival_order)
-    return rows[: route.num_home_rows], rows[route.num_home_rows :]
+def _new_parcels(count: int, fields: Fields, like: torch.Tensor) -> torch.Tensor:
+    """A buffer of parcels ``[count, bytes]``, so that all that is in them travels at once."""
+    return like.new_empty((count, _offsets(fields)[-1]), dtype=torch.uint8)
 
 
-def _back(home_rows: torch.Tensor, foreign_rows: torch.Tensor, route: Route) -> torch.Tensor:
-    arrival_position = route.maps.arrival_position
-    with part("rows"):
-        rows = route.kernels.gather_rows(home_rows, arrival_position, tail_MD=foreign_rows)
-    return _all_to_all(rows, route.recv_splits, route.send_splits, route.group)
+def _open(parcels: torch.Tensor, fields: Fields) -> list[torch.Tensor]:
+    """A view ``[count, numel]`` of each field."""
+    return [
+        parcels[:, start : start + numel * dtype.itemsize].view(dtype)
+        for start, (numel, dtype) in zip(_offsets(fields), fields, strict=False)
+    ]
 
 
-def _sum_over_k(rows: torch.Tensor, scores_TK: torch.Tensor | None, route: Route) -> torch.Tensor:
-    with part("rows"):
-        return route.kernels.combine_rows(rows, route.maps.position_TK, scores_TK)
+def _offsets(fields: Fields) -> list[int]:
+    """Where each field begins, and where all end, in bytes."""
+    sizes = (-(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for numel, dtype in fields)
+    return [0, *accumulate(sizes)]
 
 
-def _score_gradient(
-    rows: torch.Tensor, y_TD: torch.Tensor, scores_TK: torch.Tensor, route: Route
-) -> torch.Tensor:
-    with part("rows"):
-        dots_TK = route.kernels.row_dots(rows, route.maps.position_TK, y_TD)
-        return dots_TK.to(scores_TK.dtype)
+def _gradient_fields(
+    grad_ND: torch.Tensor, grad_scores_N: torch.Tensor, arrived_UK: torch.Tensor
+) -> Fields:
+    return (grad_ND.shape[1], grad_ND.dtype), (arrived_UK.shape[1], grad_scores_N.dtype)
 
 
-def _all_to_all(rows: torch.Tensor, send_splits, recv_splits, group) -> torch.Tensor:
+def _of_rows(values_N: torch.Tensor, index_UK: torch.Tensor) -> torch.Tensor:
+    """``values[index]``, 0 where the index is negative; ``[U, K]``."""
+    if len(values_N) == 0:
+        return values_N.new_zeros(index_UK.shape)
+    return torch.where(index_UK >= 0, values_N[index_UK.clamp(min=0).long()], 0)
+
+
+def _of_parcels(values_UK: torch.Tensor, sent_TK: torch.Tensor) -> torch.Tensor:
+    """For each copy the value on its parcel, 0 for copies that were not sent; ``[T, K]``."""
+    if len(values_UK) == 0:
+        return values_UK.new_zeros(sent_TK.shape)
+    place_TK = torch.where(sent_TK < 0, -sent_TK - 2, sent_TK)
+    choice_K = torch.arange(sent_TK.shape[1], device=sent_TK.device)
+    found = values_UK[place_TK.clamp(min=0).long(), choice_K]
+    return torch.where(place_TK >= 0, found, 0)
+
+
+def _all_to_all(
+    parcels: torch.Tensor, send_splits: list[int], recv_splits: list[int], route: Route
+) -> Callable[[], torch.Tensor]:
+    """Start to exchange parcels; what is returned waits for them, on the current stream."""
     if len(send_splits) == 1:
-        return rows
-    with part("all-to-all"):
-        received = rows.new_empty((sum(recv_splits), rows.shape[1]))
-        dist.all_to_all_single(received, rows, recv_splits, send_splits, group=group)
+        return lambda: parcels
+    received = parcels.new_empty((sum(recv_splits), parcels.shape[1]))
+    work = dist.all_to_all_single(
+        received, parcels, recv_splits, send_splits, group=route.group, async_op=True
+    )
+
+    def wait() -> torch.Tensor:
+        with part("all-to-all"):
+            work.wait()
         return received
 
-
-def _save(ctx, route: Route, *tensors: torch.Tensor | None) -> None:
-    # Index maps go through save_for_backward so that activation checkpointing frees them too.
-    ctx.save_for_backward(*route.maps, *tensors)
-    ctx.route = replace(route, maps=None)
-
-
-def _load(ctx) -> tuple[Route, torch.Tensor | None, torch.Tensor | None]:
-    saved = ctx.saved_tensors
-    return replace(ctx.route, maps=RouteMaps(*saved[:4])), *saved[4:]
-
-
-def _concat_runs(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Concatenate the integer runs ``start .. start + length - 1`` into one index on the device."""
-    total = int(lengths.sum())
-    shift, lengths = torch.from_numpy(
-        np.stack((starts - _exclusive_cumsum(lengths), lengths)).astype(np.int64)
-    ).to(device, non_blocking=True)
-    # The known output size spares repeat_interleave its device-to-host synchronisation.
-    shift = torch.repeat_interleave(shift, lengths, output_size=total)
-    return torch.arange(total, device=device) + shift
-
-
-def _exclusive_cumsum(lengths: np.ndarray) -> np.ndarray:
-    return np.cumsum(lengths) - lengths
-
-
-def _inverse(permutation: torch.Tensor) -> torch.Tensor:
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
-    return inverse
+    return wait

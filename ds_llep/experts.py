@@ -8,11 +8,15 @@ hook gathers them again. Foreign weights are likewise fetched again unless the c
 Order of work, chosen so that transfers hide behind home GEMMs:
 
     forward:   start fetch | home experts | wait | foreign experts
-    backward:  start fetch | home experts but for w1, w3 | wait | foreign experts | start return
+    backward:  start fetch | home experts but for w1, w3 | wait | foreign experts but for w1, w3
+               | start dispatch's backward | foreign gradients of w1, w3 | start return
                | home gradients of w1, w3 | wait | add
 
-The layer has started the fetch before, where the weights' source allows it; starting it here again
-makes sure of it, also where checkpointing has run other layers in between.
+A fetch is started where rows have been sent already, so that neither the host's work for it nor its
+bytes stand in their way.
+
+A row's score multiplies its activation: the down projection is linear, so this weighs the output,
+and the score's gradient needs no output to be kept.
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from deepspeed.moe.ep_experts import GroupedExperts, get_expert_activation
+from deepspeed.moe.ep_experts import GroupedExperts
 
+from ds_llep.activation import Activation
+from ds_llep.dispatch import DispatchBackward
 from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.kernels.grouped_gemm import (
     add_grouped_gemm,
@@ -42,113 +48,100 @@ class LLEPGroupedExperts(GroupedExperts):
         self,
         home_rows: torch.Tensor,
         foreign_rows: torch.Tensor,
+        scores_N: torch.Tensor,
+        arrived_UK: torch.Tensor,
         *,
         job: ExpertJob,
-        rows_per_slot: list[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply each slot's expert to its rows.
 
         Args:
             home_rows: ``[N_home, D]``, grouped by slot.
             foreign_rows: ``[N_foreign, D]``, likewise; empty where nothing is borrowed.
+            scores_N: the score of each row, home rows first.
+            arrived_UK: which rows came in which parcel.
             job: the rest of what the layer knows. By keyword, since ZeRO-3's hooks look for
                 tensors in positional arguments.
-            rows_per_slot: rows of each slot: home experts, then foreign ones.
 
         Returns:
-            Results for both, in the same shapes.
+            Weighted results for both, in the same shapes.
         """
-        home_counts = rows_per_slot[: self.num_experts]
-        foreign_counts = rows_per_slot[self.num_experts :]
         activation = Activation(
             self.activation, self.activation_alpha, self.activation_limit, job.kernels
         )
-        weights = self.w1, self.w2, self.w3
-        return _ExpertMLP.apply(
-            home_rows, foreign_rows, *weights, job, activation, home_counts, foreign_counts
-        )
+        if job.weigh_inputs:
+            home_rows, foreign_rows = _weighed(home_rows, foreign_rows, scores_N)
+            scores_N = None
+        inputs = home_rows, foreign_rows, scores_N, arrived_UK
+        return _ExpertMLP.apply(*inputs, self.w1, self.w2, self.w3, job, activation)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertJob:
     """What the experts need beside rows and weights."""
 
     plan: Plan
+    rows_per_slot: list[int]
+    """Home experts, then foreign ones."""
     exchange: Exchange
     foreign: ForeignWeights
     keep_foreign: bool
     """Keep foreign weights between forward and backward instead of fetching them again."""
+    weigh_inputs: bool
+    """Scores multiply the experts' inputs instead of their outputs."""
+    dispatch_backward: DispatchBackward
     kernels: KernelSet
 
+    @property
+    def home_counts(self) -> list[int]:
+        return self.rows_per_slot[: self.plan.experts_per_rank]
 
-@dataclass(frozen=True)
-class Activation:
-    """``act(gate, up)`` and its backward, for every form that AutoEP registers."""
-
-    name: str
-    alpha: float
-    limit: float
-    kernels: KernelSet
-
-    def forward(self, gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
-        """``[N, F]`` from two ``[N, F]``."""
-        if self.name == "swiglu":
-            return self.kernels.swiglu_forward(gate_NF, up_NF)
-        return get_expert_activation(self.name).fn(gate_NF, up_NF, self.alpha, self.limit)
-
-    def backward(
-        self, grad_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of gate and up, and the activation once more: it is cheaper than saving it.
-
-        It may take the memory of ``grad_NF``, which must be contiguous and the caller's alone.
-        """
-        if self.name == "swiglu":
-            return self.kernels.swiglu_backward(grad_NF, gate_NF, up_NF, into_dh=True)
-        with torch.enable_grad():
-            gate_NF, up_NF = gate_NF.detach().requires_grad_(), up_NF.detach().requires_grad_()
-            act_NF = self.forward(gate_NF, up_NF)
-        grad_gate, grad_up = torch.autograd.grad(act_NF, (gate_NF, up_NF), grad_NF)
-        return grad_gate, grad_up, act_NF.detach()
+    @property
+    def foreign_counts(self) -> list[int]:
+        return self.rows_per_slot[self.plan.experts_per_rank :]
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, home_rows, foreign_rows, w1, w2, w3, job, activation, home_counts, foreign_counts
-    ):
+    def forward(ctx, home_rows, foreign_rows, scores_N, arrived_UK, w1, w2, w3, job, activation):
+        scores_home, scores_foreign = _split(scores_N, len(home_rows))
         with _no_autocast(home_rows):
             home = _in_dtype_of(home_rows, w1, w2, w3)
             with part("fetch"):
                 job.foreign.start()
             with part("home experts"):
-                out_home, *hidden_home = _mlp_forward(home_rows, home, home_counts, activation)
+                out_home, *hidden_home = _mlp_forward(
+                    home_rows, scores_home, home, job.home_counts, activation
+                )
             with part("wait for foreign"):
                 bundles = job.foreign.wait()
             foreign = job.foreign.layout.views(bundles)
             with part("foreign experts"):
                 out_foreign, *hidden_foreign = _mlp_forward(
-                    foreign_rows, foreign, foreign_counts, activation
+                    foreign_rows, scores_foreign, foreign, job.foreign_counts, activation
                 )
         # The same number of tensors on every rank: activation checkpointing counts them.
         ctx.save_for_backward(
-            *(home_rows, foreign_rows),
+            *(home_rows, foreign_rows, scores_N, arrived_UK),
             *(w1, w2, w3),
             *hidden_home,
             *hidden_foreign,
             bundles.clone() if job.keep_foreign else None,
         )
-        ctx.settings = (job, activation, home_counts, foreign_counts)
+        ctx.settings = job, activation
         return out_home, out_foreign
 
     @staticmethod
     def backward(ctx, home_grad, foreign_grad):
-        home_rows, foreign_rows, w1, w2, w3, *hidden, bundles = ctx.saved_tensors
+        home_rows, foreign_rows, scores_N, arrived_UK, *saved = ctx.saved_tensors
+        w1, w2, w3, *hidden, bundles = saved
         ctx.maybe_clear_saved_tensors()  # so that gate and up are freed once they are used
         hidden_home, hidden_foreign = hidden[:2], hidden[2:]
-        del hidden
-        job, activation, home_counts, foreign_counts = ctx.settings
-        need_rows, need_weights = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2:5]
+        del saved, hidden
+        scores_home, scores_foreign = _split(scores_N, len(home_rows))
+        job, activation = ctx.settings
+        home_counts, foreign_counts = job.home_counts, job.foreign_counts
+        need_rows, need_weights = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[4:7]
         need = (need_rows, any(need_weights))
         with _no_autocast(home_rows):
             home = _in_dtype_of(home_rows, w1, w2, w3)
@@ -157,7 +150,7 @@ class _ExpertMLP(torch.autograd.Function):
                     job.foreign.start()
             with part("home experts backward"):
                 home_step = _hidden_backward(
-                    home_grad.contiguous(), hidden_home, home, home_counts, activation, *need
+                    home_grad, hidden_home, scores_home, home, home_counts, activation, *need
                 )
             if bundles is None:
                 with part("wait for foreign backward"):
@@ -165,16 +158,24 @@ class _ExpertMLP(torch.autograd.Function):
             foreign = job.foreign.layout.views(bundles)
             with part("foreign experts backward"):
                 foreign_step = _hidden_backward(
-                    foreign_grad.contiguous(),
+                    foreign_grad,
                     hidden_foreign,
+                    scores_foreign,
                     foreign,
                     foreign_counts,
                     activation,
                     *need,
                 )
-                grad_rows = home_step.grad_rows, foreign_step.grad_rows
-                if not any(need_weights):
-                    return *grad_rows, *[None] * 7
+            grads = home_step.grad_rows, foreign_step.grad_rows, None
+            if scores_N is not None:
+                grad_scores = torch.cat((home_step.grad_scores, foreign_step.grad_scores))
+                grads = *grads[:2], grad_scores
+                if need_rows:  # they travel while the gradients of the weights are computed
+                    with part("dispatch backward"):
+                        job.dispatch_backward.start(*grads, arrived_UK)
+            if not any(need_weights):
+                return *grads, *[None] * 6
+            with part("foreign experts backward"):
                 foreign_gradients = _weight_gradients(foreign_step, foreign_rows, foreign_counts)
                 del foreign_step  # its gate and up gradients are used up
             homecoming = GradientReturn(job.exchange, job.plan)
@@ -188,7 +189,7 @@ class _ExpertMLP(torch.autograd.Function):
             gradient.to(weight.dtype) if needed else None
             for gradient, weight, needed in zip(gradients, (w1, w2, w3), need_weights, strict=True)
         ]
-        return *grad_rows, *grad_weights, *[None] * 4
+        return *grads, None, *grad_weights, None, None
 
 
 @dataclass
@@ -199,25 +200,28 @@ class _HiddenBackward:
     grad_up: torch.Tensor
     grad_w2: torch.Tensor | None
     grad_rows: torch.Tensor | None
+    grad_scores: torch.Tensor | None
 
 
 def _mlp_forward(
     rows_ND: torch.Tensor,
+    scores_N: torch.Tensor | None,
     weights: Sequence[torch.Tensor],
     counts: Sequence[int],
     activation: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``w2(act(w1 x, w3 x))`` for each group of rows: output, gate and up."""
+    """``w2(act(w1 x, w3 x) * score)`` for each group of rows: output, gate and up."""
     w1, w2, w3 = weights
     gate_NF = grouped_gemm(rows_ND, w1, counts)
     up_NF = grouped_gemm(rows_ND, w3, counts)
-    out_ND = grouped_gemm(activation.forward(gate_NF, up_NF), w2, counts)
+    out_ND = grouped_gemm(activation.forward(gate_NF, up_NF, scores_N), w2, counts)
     return out_ND, gate_NF, up_NF
 
 
 def _hidden_backward(
     grad_ND: torch.Tensor,
     hidden: list[torch.Tensor],
+    scores_N: torch.Tensor | None,
     weights: Sequence[torch.Tensor],
     counts: Sequence[int],
     activation: Activation,
@@ -228,8 +232,11 @@ def _hidden_backward(
     w1, w2, w3 = weights
     gate_NF, up_NF = hidden
     hidden.clear()
+    grad_ND = grad_ND.contiguous()
     grad_act = grouped_gemm(grad_ND, w2, counts, transpose=False)
-    grad_gate, grad_up, act_NF = activation.backward(grad_act, gate_NF, up_NF)
+    grad_gate, grad_up, act_NF, grad_scores = activation.backward(
+        grad_act, gate_NF, up_NF, scores_N
+    )
     del grad_act, gate_NF, up_NF
     grad_w2 = grouped_gemm_weight_gradient(grad_ND, act_NF, counts) if need_weights else None
     del act_NF
@@ -237,7 +244,7 @@ def _hidden_backward(
     if need_rows:
         grad_rows = grouped_gemm(grad_gate, w1, counts, transpose=False)
         add_grouped_gemm(grad_rows, grad_up, w3, counts)
-    return _HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows)
+    return _HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows, grad_scores)
 
 
 def _weight_gradients(
@@ -258,3 +265,19 @@ def _in_dtype_of(rows: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tenso
 def _no_autocast(rows: torch.Tensor) -> torch.autocast:
     # Dtypes are settled before the experts; autocast would recast inside the GEMMs.
     return torch.autocast(rows.device.type, enabled=False)
+
+
+def _weighed(
+    home_rows: torch.Tensor, foreign_rows: torch.Tensor, scores_N: torch.Tensor
+) -> list[torch.Tensor]:
+    """Rows times their scores, rounded once."""
+    return [
+        (rows.to(scores.dtype) * scores.unsqueeze(1)).to(rows.dtype)
+        for rows, scores in zip(
+            (home_rows, foreign_rows), _split(scores_N, len(home_rows)), strict=True
+        )
+    ]
+
+
+def _split(scores_N: torch.Tensor | None, num_home: int) -> tuple[torch.Tensor | None, ...]:
+    return (None, None) if scores_N is None else (scores_N[:num_home], scores_N[num_home:])

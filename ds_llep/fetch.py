@@ -21,7 +21,6 @@ import torch
 from ds_llep.plan import Plan
 from ds_llep.ranks import RankTable
 from ds_llep.shards import Version, cut, on_device, part_numel, part_of, whole_shape
-from ds_llep.timeline import part
 from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
 
 
@@ -32,7 +31,6 @@ class Exchange:
         table: all EP groups for ``shards``; this process's own where the home ranks send.
         ep_group: the EP group.
         sharded: pieces come from ZeRO-3 parts instead of the home rank.
-        always_ready: the source needs no gather, so a fetch may start before the experts run.
         cache: keep foreign experts until their place is needed or their weights change.
     """
 
@@ -42,11 +40,10 @@ class Exchange:
         ep_group: dist.ProcessGroup,
         *,
         sharded: bool,
-        always_ready: bool,
         cache: bool,
     ) -> None:
         self.table, self.ep_group = table, ep_group
-        self.sharded, self.always_ready, self.cache = sharded, always_ready, cache
+        self.sharded, self.cache = sharded, cache
         # A home rank's shards are in all EP groups, the home rank itself is in this one.
         self.group = dist.get_world_group() if sharded else ep_group
         self._token = object()
@@ -56,18 +53,15 @@ class Exchange:
         self._versions: dict[int, tuple[int, ...]] = {}
 
     @classmethod
-    def of_home_ranks(
-        cls, ep_group: dist.ProcessGroup, *, always_ready: bool = True, cache: bool = True
-    ) -> Exchange:
+    def of_home_ranks(cls, ep_group: dist.ProcessGroup, *, cache: bool = True) -> Exchange:
         """The exchange in which home ranks send."""
-        table = RankTable.of_group(ep_group)
-        return cls(table, ep_group, sharded=False, always_ready=always_ready, cache=cache)
+        return cls(RankTable.of_group(ep_group), ep_group, sharded=False, cache=cache)
 
-    def counts_by_group(self, counts_RE: np.ndarray) -> list[np.ndarray]:
-        """Counts of the ranks of :attr:`group`, in its order, as ``[P, E]`` of each EP group."""
+    def by_group(self, values_RX: np.ndarray) -> list[np.ndarray]:
+        """What the ranks of :attr:`group` have, in its order, as ``[P, X]`` of each EP group."""
         if not self.sharded:
-            return [counts_RE]
-        return [counts_RE[list(ranks)] for ranks in self.table.groups]
+            return [values_RX]
+        return [values_RX[list(ranks)] for ranks in self.table.groups]
 
     def version(self, layer: int, weights: Sequence[torch.Tensor]) -> int:
         """What the others need to know to tell that weights which lie here have changed."""
@@ -221,21 +215,3 @@ class ForeignWeights:
 
     def _operation(self, direction: Callable, tensor: torch.Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(direction, tensor, peer, self._exchange.group)
-
-
-def start_in_backward(y_TD: torch.Tensor, foreign: ForeignWeights) -> torch.Tensor:
-    """``y_TD`` itself; when its gradient arrives, the foreign weights are fetched again."""
-    return _StartInBackward.apply(y_TD, foreign)
-
-
-class _StartInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_TD, foreign):
-        ctx.foreign = foreign
-        return y_TD.view_as(y_TD)
-
-    @staticmethod
-    def backward(ctx, grad_TD):
-        with part("fetch backward"):
-            ctx.foreign.start()
-        return grad_TD, None

@@ -15,13 +15,14 @@ import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
 from ds_llep.config import LLEPConfig
-from ds_llep.counts import gather_counts
-from ds_llep.dispatch import combine, dispatch, make_route
+from ds_llep.counts import Counting
+from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.experts import ExpertJob
-from ds_llep.fetch import Exchange, ForeignWeights, start_in_backward
+from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.kernels.select import KernelSet, select_kernels
 from ds_llep.monitor import Statistics
 from ds_llep.plan import Plan, make_plan
+from ds_llep.route import Route, RouteMaps, make_route, sort_copies
 from ds_llep.shards import whole_shape
 from ds_llep.timeline import part
 
@@ -83,7 +84,7 @@ class LLEPMoELayer(AutoEPMoELayer):
         context.prepare(weights, x_TD)
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
-        scores_TK, selected_TK, plans = self._route_and_plan(x_TD, weights)
+        scores_TK, plans, route, maps = self._route_and_plan(x_TD, weights)
         plan = plans[exchange.table.group_index]
         foreign = ForeignWeights(
             exchange,
@@ -94,30 +95,28 @@ class LLEPMoELayer(AutoEPMoELayer):
             size=context.workspace_size,
             count=partial(context.statistics.count_fetched, context.index, self.training),
         )
-        if exchange.always_ready:
-            with part("fetch"):
-                foreign.start()
-
-        before, after = (scores_TK, None) if self.score_apply == "pre" else (None, scores_TK)
-        with part("route"):
-            route = make_route(selected_TK, plan, self.ep_rank, self.ep_group, context.kernels)
-        home_rows, foreign_rows = dispatch(x_TD, before, route)
-        job = ExpertJob(plan, exchange, foreign, keep_foreign, context.kernels)
-
-        out_home, out_foreign = self.experts(
-            home_rows, foreign_rows, job=job, rows_per_slot=route.rows_per_slot
+        backward = DispatchBackward(route)
+        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
+        job = ExpertJob(
+            plan=plan,
+            rows_per_slot=route.rows_per_slot,
+            exchange=exchange,
+            foreign=foreign,
+            keep_foreign=keep_foreign,
+            weigh_inputs=self.score_apply == "pre",
+            dispatch_backward=backward,
+            kernels=context.kernels,
         )
-        y_TD = combine(out_home, out_foreign, after, route)
-        if exchange.always_ready and not keep_foreign:
-            y_TD = start_in_backward(y_TD, foreign)
+        out_home, out_foreign = self.experts(*dispatched, job=job)
+        y_TD = combine(out_home, out_foreign, dispatched.arrived_UK, route, maps)
         return self._finalize_output(
             y_TD.reshape(batch, seq_len, hidden), x_TD, hidden_states, hidden
         )
 
     def _route_and_plan(
         self, x_TD: torch.Tensor, weights: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[Plan]]:
-        """Scores, choices and, from the counts of all, one plan for each EP group.
+    ) -> tuple[torch.Tensor, list[Plan], Route, RouteMaps]:
+        """Scores; from the counts of all, one plan for each EP group; and this rank's route.
 
         A router's failure on one rank becomes an error on all.
         """
@@ -126,27 +125,44 @@ class LLEPMoELayer(AutoEPMoELayer):
         try:
             with part("router"):
                 scores_TK, selected_TK, counts_E = self.router(x_TD, self.expert_bias)
-        except Exception as error:  # whatever it is, the others wait in gather_counts
+        except Exception as error:  # whatever it is, the others wait for this rank's counts
             failure = error
+        with part("counts"):
+            counting = Counting(
+                selected_TK,
+                scores_TK,
+                self.num_experts,
+                self.ep_size,
+                exchange.group,
+                x_TD.device,
+                context.kernels,
+                exchange.version(context.index, weights),
+            )
+        if failure is None:  # what the device does while the host waits for the counts
+            with part("route"), torch.no_grad():
+                position_TK = sort_copies(selected_TK)
+                self.tokens_per_expert.add_(counts_E)  # AutoEP's own utilisation counter
         try:
-            with part("counts"):
-                counts_RE, versions_R = gather_counts(
-                    selected_TK,
-                    scores_TK,
-                    self.num_experts,
-                    exchange.group,
-                    x_TD.device,
-                    context.name,
-                    exchange.version(context.index, weights),
-                )
+            with part("wait for counts"):
+                counts = counting.wait(context.name)
         except ValueError as error:
             raise error from failure
-        with torch.no_grad():  # AutoEP's own utilisation counter
-            self.tokens_per_expert.add_(counts_E)
-        exchange.renew(context.index, versions_R)
-        counts_by_group = exchange.counts_by_group(counts_RE)
+        exchange.renew(context.index, counts.versions)
         with part("plan"):
-            plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
-        own_plan = plans[exchange.table.group_index]
-        context.statistics.record(context.index, own_plan, self.training, x_TD.dtype)
-        return scores_TK, selected_TK, plans
+            plans = [
+                make_plan(counts_PE, context.planning)
+                for counts_PE in exchange.by_group(counts.tokens_RE)
+            ]
+        own = exchange.table.group_index
+        context.statistics.record(context.index, plans[own], self.training, x_TD.dtype)
+        with part("route"):
+            route, maps = make_route(
+                selected_TK,
+                position_TK,
+                exchange.by_group(counts.reached_RP)[own],
+                plans[own],
+                self.ep_rank,
+                self.ep_group,
+                context.kernels,
+            )
+        return scores_TK, plans, route, maps

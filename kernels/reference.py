@@ -1,12 +1,13 @@
 """Plain-PyTorch twins of the Triton launchers: the oracle of the tests and the path on a CPU.
 
 Each twin says what its kernel means in a few tensor operations. All of them accumulate in the
-input's dtype promoted to at least fp32 and round once, so that float64 goes through unrounded. They
-are built from differentiable operations, but for `gather_rows` with a tail. Sums over K are loops
-of K steps over [T, D] tensors: that costs K small calls and saves the [T, K, D] fp32 temporary of a
-single one.
+input's dtype promoted to at least fp32 and round once, so that float64 goes through unrounded. None
+waits for a GPU: what goes nowhere is written to a row that nobody reads, as to select what goes
+somewhere would be a device-to-host synchronisation. Sums over K are loops of K steps over [U, D]
+tensors: that costs K small calls and saves the [U, K, D] fp32 temporary of a single one.
 
-Shape letters: T tokens, K experts per token, D hidden size, F expert FFN size, N rows.
+Shape letters: T tokens, K experts per token, E experts, P ranks, D hidden size, F expert FFN size,
+N rows, U parcels.
 """
 
 import torch
@@ -17,120 +18,211 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def gather_rows(
-    x_TD: torch.Tensor,
-    index_N: torch.Tensor,
-    scale_N: torch.Tensor | None = None,
-    *,
-    tail_MD: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`rows[n] = x[index[n]] * scale[n]`, multiplied in at least fp32 and rounded once.
+def count_copies(
+    selected_TK: torch.Tensor,
+    scores_TK: torch.Tensor,
+    num_experts: int,
+    num_ranks: int,
+    report: torch.Tensor,
+) -> None:
+    """Add to `report` what planning needs to know of this rank's routing.
 
     Args:
-        x_TD: [T, D], any float dtype.
-        index_N: [N] int64, each in [0, T), or in [0, T + M) with a tail; repeats allowed.
-        scale_N: [N], any float dtype, or None for a plain copy.
-        tail_MD: [M, D] in x's dtype: rows that are read as if they followed x's; or None. T or M
-            may be 0; where neither is, the result is not differentiable.
+        selected_TK: [T, K] int64 expert ids; a rank is home to E / P consecutive ones.
+        scores_TK: [T, K], any float dtype.
+        num_experts, num_ranks: E and P.
+        report: [>= E + P + 2] int64, changed in place, of which more fields may follow for the
+            caller's use: copies of each expert; tokens with an expert at home on each rank; copies
+            of experts outside [0, E); scores that are NaN or infinite.
+    """
+    known_TK = (selected_TK >= 0) & (selected_TK < num_experts)
+    field_TK = torch.where(known_TK, selected_TK, num_experts + num_ranks)
+    report.scatter_add_(0, field_TK.reshape(-1), torch.ones_like(field_TK).reshape(-1))
+    home_TK = torch.where(known_TK, selected_TK // (num_experts // num_ranks), num_ranks)
+    reached = home_TK.new_zeros((len(home_TK), num_ranks + 1)).scatter_(1, home_TK, 1)
+    report[num_experts : num_experts + num_ranks] += reached[:, :num_ranks].sum(0)
+    finite = scores_TK.detach().isfinite().sum()
+    report[num_experts + num_ranks + 1] += scores_TK.numel() - finite
+
+
+def address_copies(
+    selected_TK: torch.Tensor,
+    position_TK: torch.Tensor,
+    tokens_EP: torch.Tensor,
+    before_E: torch.Tensor,
+    own_E: torch.Tensor,
+    first_P: torch.Tensor,
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where every copy of this rank's tokens goes.
+
+    Args:
+        selected_TK: [T, K] int64 expert ids, each in [0, E).
+        position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
+        tokens_EP: [E, P] int32, the plan: copies of each expert that each rank computes. An
+            expert's copies, by source rank and token, are cut into runs of these lengths.
+        before_E: [E] int32: copies of each expert on the ranks before this one.
+        own_E: [E] int32: copies of each expert on this rank.
+        first_P: [P] int32: the first place of each rank's parcels.
+        rank: this rank, to which nothing is sent.
 
     Returns:
-        [N, D] in x's dtype.
+        Three int32 [T, K]. `own`: the row of a copy that is computed here, else -1. `sent`: the
+        place u of the token's parcel, for the first of the copies that it serves; -(u + 2) for the
+        others; -1 for own copies. `target`: the row of the copy on the rank that computes it: rows
+        are in the order of the rank's experts, home before foreign ones, then of source ranks, then
+        of tokens. Places of a rank are given in token order.
+    """
+    (T, K), (E, P) = selected_TK.shape, tokens_EP.shape
+    home_E = torch.arange(E, device=tokens_EP.device) // (E // P)
+    is_home_EP = home_E.unsqueeze(1) == torch.arange(P, device=tokens_EP.device)
+    home_EP = torch.where(is_home_EP, tokens_EP, 0)
+    foreign_EP = tokens_EP - home_EP
+    first_foreign_EP = home_EP.sum(0) + foreign_EP.cumsum(0) - foreign_EP
+    slot_EP = torch.where(is_home_EP, home_EP.cumsum(0) - home_EP, first_foreign_EP)
+
+    # Copies of earlier ranks fill an expert's runs from the left, then this rank's.
+    start_EP, none_EP = tokens_EP.cumsum(1) - tokens_EP, torch.zeros_like(tokens_EP)
+    earlier_EP = (before_E.unsqueeze(1) - start_EP).clamp(none_EP, tokens_EP)
+    sent_EP = ((before_E + own_E).unsqueeze(1) - start_EP).clamp(none_EP, tokens_EP) - earlier_EP
+    end_EP = (own_E.cumsum(0) - own_E).unsqueeze(1) + sent_EP.cumsum(1)
+    shift_EP = slot_EP + earlier_EP - (end_EP - sent_EP)
+
+    to_TK = (end_EP[selected_TK] <= position_TK.unsqueeze(2)).sum(2)
+    target_TK = position_TK + shift_EP[selected_TK, to_TK]
+    reached_TP = to_TK.new_zeros((T, P)).scatter_(1, to_TK, 1)
+    place_TP = first_P + reached_TP.cumsum(0) - reached_TP
+    place_TK = place_TP.gather(1, to_TK)
+    again_TK = torch.zeros_like(to_TK, dtype=torch.bool)
+    for k in range(1, K):
+        again_TK[:, k] = (to_TK[:, :k] == to_TK[:, k : k + 1]).any(1)
+    sent_TK = torch.where(to_TK == rank, -1, torch.where(again_TK, -place_TK - 2, place_TK))
+    own_TK = torch.where(to_TK == rank, target_TK, -1)
+    return own_TK.int(), sent_TK.int(), target_TK.int()
+
+
+def label_parcels(
+    sent_TK: torch.Tensor,
+    target_TK: torch.Tensor,
+    values_TK: torch.Tensor,
+    targets_UK: torch.Tensor,
+    values_UK: torch.Tensor,
+) -> None:
+    """Write on each parcel which rows its copies are, and their values.
+
+    Args:
+        sent_TK, target_TK: as from `address_copies`.
+        values_TK: [T, K], any float dtype.
+        targets_UK: [U + 1, K] int32, any row stride, changed in place: the row of each copy, -1 for
+            choices that this parcel does not serve and for parcels that no token uses.
+        values_UK: [U + 1, K], a float dtype, any row stride, changed in place where `targets_UK` is
+            not -1.
+
+    The last row of both takes what goes nowhere.
+    """
+    targets_UK.fill_(-1)
+    place_TK = torch.where(sent_TK < -1, -sent_TK - 2, sent_TK).long()
+    k_K = torch.arange(sent_TK.shape[1], device=sent_TK.device)
+    targets_UK[place_TK, k_K] = target_TK
+    values_UK[place_TK, k_K] = values_TK.to(values_UK.dtype)
+
+
+def scatter_rows(
+    x_UD: torch.Tensor,
+    target_UK: torch.Tensor,
+    rows_ND: torch.Tensor,
+    values_UK: torch.Tensor | None = None,
+    values_N: torch.Tensor | None = None,
+) -> None:
+    """`rows[target[u, k]] = x[u]`, and `values_N[target[u, k]] = values[u, k]` where given.
+
+    Args:
+        x_UD: [U, D], any float dtype.
+        target_UK: [U, K] int32, each below N - 1 and, unless negative, different from all others;
+            negative: nowhere.
+        rows_ND: [N, D] in x's dtype, changed in place. Its last row takes what goes nowhere.
+        values_UK: [U, K], any float dtype; or None.
+        values_N: [N], a float dtype, changed in place; or None.
 
     Raises:
-        IndexError: an index is out of range (CPU only; on a GPU it is PyTorch's device-side
+        IndexError: a target is out of range (CPU only; on a GPU it is PyTorch's device-side
             assert).
     """
-    rows_ND = _select_rows(x_TD, tail_MD, index_N)
-    if scale_N is None:
-        return rows_ND
-    dtype = _accumulation_dtype(x_TD.dtype)
-    return (rows_ND.to(dtype) * scale_N.to(dtype).unsqueeze(1)).to(x_TD.dtype)
+    for k in range(target_UK.shape[1]):
+        target_U = target_UK[:, k].clamp(min=-1).long()
+        rows_ND[target_U] = x_UD
+        if values_N is not None:
+            values_N[target_U] = values_UK[:, k].to(values_N.dtype)
 
 
-def _select_rows(
-    x_TD: torch.Tensor, tail_MD: torch.Tensor | None, index_N: torch.Tensor
+def sum_rows(
+    home_ND: torch.Tensor,
+    foreign_MD: torch.Tensor,
+    source_UK: torch.Tensor,
+    parcels_VD: torch.Tensor | None = None,
+    sent_UK: torch.Tensor | None = None,
+    *,
+    out_UD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    T = x_TD.shape[0]
-    if tail_MD is None or tail_MD.shape[0] == 0:
-        return x_TD.index_select(0, index_N)
-    if T == 0:
-        return tail_MD.index_select(0, index_N)
-    # Each part is asked for every row, wrong ones included: to count the right ones on a GPU would
-    # be a device-to-host synchronisation.
-    rows_ND = x_TD.index_select(0, index_N.clamp(max=T - 1))
-    from_tail_ND = tail_MD.index_select(0, (index_N - T).clamp(min=0))
-    return torch.where((index_N < T).unsqueeze(1), rows_ND, from_tail_ND, out=rows_ND)
+    """`y[u] = sum_k rows[source[u, k]] + sum_k parcels[sent[u, k]]`, in fp32, rounded once.
 
-
-def combine_rows(
-    rows_ND: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`y[t] = sum_k weight[t, k] * rows[position[t, k]]`, summed in k order in at least fp32.
+    The order of the sum is that of k, rows before parcels.
 
     Args:
-        rows_ND: [N, D], any float dtype.
-        position_TK: [T, K] int64, each in [0, N); repeats allowed.
-        weight_TK: [T, K], any float dtype, or None for weights of one.
+        home_ND: [N, D], any float dtype.
+        foreign_MD: [M, D] in the same dtype: rows that are read as if they followed home's.
+        source_UK: [U, K] int32, each below N + M; negative: nothing.
+        parcels_VD: [V, D] in the same dtype; or None.
+        sent_UK: [U, K] int32, each below V; negative: nothing. With parcels only.
+        out_UD: [U, D] in the same dtype, where y goes; None: new memory.
 
     Returns:
-        [T, D] in rows' dtype, rounded once.
-
-    Raises:
-        IndexError: a position is out of range (CPU only).
+        [U, D].
     """
-    T, K = position_TK.shape
-    dtype = _accumulation_dtype(rows_ND.dtype)
-    y_TD = rows_ND.new_zeros((T, rows_ND.shape[1]), dtype=dtype)
-    for k in range(K):
-        row_TD = rows_ND.index_select(0, position_TK[:, k])
-        if weight_TK is None:
-            y_TD += row_TD
-        else:
-            y_TD.addcmul_(row_TD.to(dtype), weight_TK[:, k : k + 1].to(dtype))
-    return y_TD.to(rows_ND.dtype)
+    shape, num_home = (len(source_UK), home_ND.shape[1]), len(home_ND)
+    y_UD = home_ND.new_zeros(shape, dtype=_accumulation_dtype(home_ND.dtype))
+    parts = [(home_ND, source_UK, 0), (foreign_MD, source_UK, num_home)]
+    if parcels_VD is not None:
+        parts.append((parcels_VD, sent_UK, 0))
+    for rows, index_UK, first in parts:
+        if len(rows) == 0:
+            continue
+        last = first + len(rows)
+        for k in range(index_UK.shape[1]):
+            index_U = index_UK[:, k].long()
+            within_U = (index_U >= first) & (index_U < last)
+            row_UD = rows.index_select(0, torch.where(within_U, index_U - first, 0))
+            y_UD += torch.where(within_U.unsqueeze(1), row_UD, 0)
+    if out_UD is None:
+        return y_UD.to(home_ND.dtype)
+    return out_UD.copy_(y_UD)
 
 
-def row_dots(
-    rows_ND: torch.Tensor, position_TK: torch.Tensor, grad_TD: torch.Tensor
+def swiglu_forward(
+    gate_NF: torch.Tensor, up_NF: torch.Tensor, weight_N: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`dots[t, k] = <rows[position[t, k]], grad[t]>`: the gradient of `combine_rows`' weights.
-
-    Args:
-        rows_ND: [N, D], any float dtype.
-        position_TK: [T, K] int64, each in [0, N); repeats allowed.
-        grad_TD: [T, D], any float dtype.
-
-    Returns:
-        [T, K], fp32, or float64 where rows or grad is float64.
-
-    Raises:
-        IndexError: a position is out of range (CPU only).
-    """
-    dtype = _accumulation_dtype(torch.promote_types(rows_ND.dtype, grad_TD.dtype))
-    grad_TD = grad_TD.to(dtype)
-    dots_TK = grad_TD.new_empty(position_TK.shape)
-    for k in range(position_TK.shape[1]):
-        row_TD = rows_ND.index_select(0, position_TK[:, k])
-        dots_TK[:, k] = (row_TD.to(dtype) * grad_TD).sum(1)
-    return dots_TK
-
-
-def swiglu_forward(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
-    """`h = silu(gate) * up`, computed in at least fp32 and rounded once.
+    """`h = silu(gate) * up * weight`, computed in at least fp32 and rounded once.
 
     Args:
         gate_NF, up_NF: [N, F], one float dtype.
+        weight_N: [N], any float dtype, or None for weights of one.
 
     Returns:
         [N, F] in the inputs' dtype.
     """
     dtype = _accumulation_dtype(gate_NF.dtype)
-    return (F.silu(gate_NF.to(dtype)) * up_NF.to(dtype)).to(gate_NF.dtype)
+    h = F.silu(gate_NF.to(dtype)) * up_NF.to(dtype)
+    return _weighed(h, weight_N).to(gate_NF.dtype)
 
 
 def swiglu_backward(
-    dh_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, *, into_dh: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dh_NF: torch.Tensor,
+    gate_NF: torch.Tensor,
+    up_NF: torch.Tensor,
+    weight_N: torch.Tensor | None = None,
+    *,
+    into_dh: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of `swiglu_forward`, and its output once more.
 
     The down projection's weight gradient needs h; recomputing it here is cheaper than keeping it
@@ -138,18 +230,25 @@ def swiglu_backward(
 
     Args:
         dh_NF, gate_NF, up_NF: [N, F], one float dtype.
+        weight_N: [N], as in forward.
         into_dh: h takes dh's memory, which must be nobody else's. Not differentiable then.
 
     Returns:
-        (dgate, dup, h), each [N, F] in the inputs' dtype; h is bit for bit what `swiglu_forward`
-        returns.
+        (dgate, dup, h, dweight): three [N, F] in the inputs' dtype, of which h is bit for bit what
+        `swiglu_forward` returns; and [N] in at least fp32, or None without weights.
     """
-    dtype = _accumulation_dtype(gate_NF.dtype)
+    out_dtype, dtype = gate_NF.dtype, _accumulation_dtype(gate_NF.dtype)
     dh, gate, up = dh_NF.to(dtype), gate_NF.to(dtype), up_NF.to(dtype)
     sigmoid = torch.sigmoid(gate)
     silu = F.silu(gate)
+    h = silu * up
+    dweight_N = None if weight_N is None else (dh * h).sum(1)
+    dh, h = _weighed(dh, weight_N), _weighed(h, weight_N)
     # d silu / d gate = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
     dgate = dh * up * (sigmoid + silu * (1 - sigmoid))
-    out_dtype = gate_NF.dtype
-    dup, h = (dh * silu).to(out_dtype), (silu * up).to(out_dtype)
-    return dgate.to(out_dtype), dup, dh_NF.copy_(h) if into_dh else h
+    dup, h = (dh * silu).to(out_dtype), h.to(out_dtype)
+    return dgate.to(out_dtype), dup, dh_NF.copy_(h) if into_dh else h, dweight_N
+
+
+def _weighed(x_NF: torch.Tensor, weight_N: torch.Tensor | None) -> torch.Tensor:
+    return x_NF if weight_N is None else x_NF * weight_N.to(x_NF.dtype).unsqueeze(1)

@@ -1,18 +1,19 @@
-"""Row movement: gather rows by index, sum rows per token, and the dots for that sum's weights.
+"""Row movement: rows of tokens to the rows of their copies, and sums over copies back to tokens.
 
-One program owns one output row (or one token) and walks along D in wide blocks, so that every load
-and store is a run of contiguous elements and nothing is written twice: no atomics, and the same
-bits on every run. The trade-off: tokens that share a row read it again each (the L2 cache serves
-most of that), a very small D leaves most of a program idle, and each (K, D) is compiled anew: a
-model has one or two of them, and the compiler drops the masks where blocks fill D.
+Both walk a map [U, K] from a token's choices to rows. `scatter_rows` reads each token once and
+writes it to all of its rows, `sum_rows` reads all rows of a token and writes their sum once: no
+byte moves twice, there are no atomics, and sums give the same bits on every run. One program owns
+one token and walks along D in wide blocks, so that every load and store is a run of contiguous
+elements. The trade-off: a very small D leaves most of a program idle, and each (K, D) is compiled
+anew: a model has one or two of them, and the compiler drops the masks where blocks fill D.
 
 Kernels call no function of Triton's own library (`tl.sum`, `tl.zeros`): those run in Triton's
 interpreter only where TRITON_INTERPRET was set before Triton was first imported, and parts of
 PyTorch import it early.
 
-Shape letters: T tokens, K experts per token, D hidden size, N rows. Tensors lie on the current
-device. Indices are not checked: an index out of range is an illegal memory access. float64 inputs
-go to the twin in `reference.py`.
+Shape letters: U tokens or parcels, K experts per token, D hidden size, N rows. Tensors lie on the
+current device. Maps are not checked: an entry out of range is an illegal memory access. float64
+inputs go to the twin in `reference.py`.
 """
 
 import torch
@@ -23,95 +24,78 @@ from . import reference
 
 
 @triton.jit
-def _add(a, b):
-    return a + b
-
-
-# T is another number at nearly every call: specialising on it would only compile anew.
-@triton.jit(do_not_specialize=["T"])
-def _gather_rows_kernel(
+def _scatter_rows_kernel(
     x_ptr,
-    tail_ptr,
-    index_ptr,
-    scale_ptr,
+    target_ptr,
     rows_ptr,
+    values_ptr,
+    row_values_ptr,
     x_stride,
-    tail_stride,
-    T,
-    D: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64)
-    t = tl.load(index_ptr + n)
-    source_ptr = x_ptr + t * x_stride
-    if HAS_TAIL:
-        source_ptr = tl.where(t < T, source_ptr, tail_ptr + (t - T) * tail_stride)
-    target_ptr = rows_ptr + n * D
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + n).to(tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        value = tl.load(source_ptr + d, mask=d < D)
-        if HAS_SCALE:
-            value = (value.to(tl.float32) * scale).to(rows_ptr.dtype.element_ty)
-        tl.store(target_ptr + d, value, mask=d < D)
-
-
-@triton.jit
-def _combine_rows_kernel(
-    rows_ptr,
-    position_ptr,
-    weight_ptr,
-    y_ptr,
+    target_stride,
     rows_stride,
+    values_stride,
     D: tl.constexpr,
     K: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64)
+    u = tl.program_id(0).to(tl.int64)
+    target_ptr += u * target_stride
+    if HAS_VALUES:
+        for k in tl.static_range(K):
+            n = tl.load(target_ptr + k).to(tl.int64)
+            row_value = tl.load(values_ptr + u * values_stride + k)
+            row_value = row_value.to(row_values_ptr.dtype.element_ty)
+            tl.store(row_values_ptr + n, row_value, mask=n >= 0)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        value = tl.load(x_ptr + u * x_stride + d, mask=d < D)
+        for k in tl.static_range(K):
+            n = tl.load(target_ptr + k).to(tl.int64)
+            tl.store(rows_ptr + n * rows_stride + d, value, mask=d < tl.where(n >= 0, D, 0))
+
+
+@triton.jit(do_not_specialize=["num_home"])
+def _sum_rows_kernel(
+    home_ptr,
+    foreign_ptr,
+    source_ptr,
+    parcels_ptr,
+    sent_ptr,
+    sums_ptr,
+    num_home,
+    home_stride,
+    foreign_stride,
+    source_stride,
+    parcels_stride,
+    sums_stride,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HAS_FOREIGN: tl.constexpr,
+    HAS_PARCELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    u = tl.program_id(0).to(tl.int64)
+    source_ptr += u * source_stride
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         total = tl.full([BLOCK_D], 0.0, tl.float32)
-        # Unrolled: the K loads do not depend on each other and are in flight together.
+        # Unrolled: the loads do not depend on each other and are in flight together.
         for k in tl.static_range(K):
-            position = tl.load(position_ptr + t * K + k)
-            value = tl.load(rows_ptr + position * rows_stride + d, mask=d < D, other=0.0)
-            if HAS_WEIGHT:
-                weight = tl.load(weight_ptr + t * K + k).to(tl.float32)
-                total += value.to(tl.float32) * weight
-            else:
+            n = tl.load(source_ptr + k).to(tl.int64)
+            row_ptr = home_ptr + n * home_stride
+            if HAS_FOREIGN:
+                foreign_row_ptr = foreign_ptr + (n - num_home) * foreign_stride
+                row_ptr = tl.where(n < num_home, row_ptr, foreign_row_ptr)
+            value = tl.load(row_ptr + d, mask=d < tl.where(n >= 0, D, 0), other=0.0)
+            total += value.to(tl.float32)
+        if HAS_PARCELS:
+            for k in tl.static_range(K):
+                n = tl.load(sent_ptr + u * K + k).to(tl.int64)
+                parcel_ptr = parcels_ptr + n * parcels_stride
+                value = tl.load(parcel_ptr + d, mask=d < tl.where(n >= 0, D, 0), other=0.0)
                 total += value.to(tl.float32)
-        tl.store(y_ptr + t * D + d, total.to(y_ptr.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _row_dots_kernel(
-    rows_ptr,
-    position_ptr,
-    grad_ptr,
-    dots_ptr,
-    rows_stride,
-    grad_stride,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    position = tl.load(position_ptr + t * K + k, mask=k < K, other=0)
-    row_ptr = rows_ptr + position[:, None] * rows_stride
-    total = tl.full([BLOCK_K, BLOCK_D], 0.0, tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        grad = tl.load(grad_ptr + t * grad_stride + d, mask=d < D, other=0.0)
-        mask = (k < K)[:, None] & (d < D)[None, :]
-        value = tl.load(row_ptr + d[None, :], mask=mask, other=0.0)
-        total += value.to(tl.float32) * grad.to(tl.float32)[None, :]
-    tl.store(dots_ptr + t * K + k, tl.reduce(total, 1, _add), mask=k < K)
+        tl.store(sums_ptr + u * sums_stride + d, total.to(sums_ptr.dtype.element_ty), mask=d < D)
 
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
@@ -124,104 +108,88 @@ def _launch_sizes(D: int, most: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": min(max(block // 256, 1), 4)}
 
 
-def gather_rows(
-    x_TD: torch.Tensor,
-    index_N: torch.Tensor,
-    scale_N: torch.Tensor | None = None,
-    *,
-    tail_MD: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`rows[n] = x[index[n]] * scale[n]`, multiplied in fp32 and rounded once.
+def scatter_rows(
+    x_UD: torch.Tensor,
+    target_UK: torch.Tensor,
+    rows_ND: torch.Tensor,
+    values_UK: torch.Tensor | None = None,
+    values_N: torch.Tensor | None = None,
+) -> None:
+    """`rows[target[u, k]] = x[u]`, and `values_N[target[u, k]] = values[u, k]` where given.
 
     Args:
-        x_TD: [T, D] fp32, bf16, fp16 (float64: the twin's job); any row stride.
-        index_N: [N] int64, each in [0, T), or in [0, T + M) with a tail; repeats allowed.
-        scale_N: [N], any float dtype, or None for a plain copy.
-        tail_MD: [M, D] in x's dtype, any row stride: rows that are read as if they followed x's,
-            without a copy of either; or None. T or M may be 0.
-
-    Returns:
-        [N, D] contiguous, in x's dtype.
+        x_UD: [U, D] fp32, bf16, fp16 (float64: the twin's job); any row stride.
+        target_UK: [U, K] int32, any row stride, each below N - 1 and, unless negative, different
+            from all others; negative: nowhere.
+        rows_ND: [N, D] in x's dtype, any row stride, changed in place. Its last row takes what goes
+            nowhere.
+        values_UK: [U, K], any float dtype and row stride; or None.
+        values_N: [N], a float dtype, changed in place; or None.
     """
-    if x_TD.dtype == torch.float64:
-        return reference.gather_rows(x_TD, index_N, scale_N, tail_MD=tail_MD)
-    assert x_TD.dim() == 2 and index_N.dim() == 1 and index_N.dtype == torch.int64
-    assert scale_N is None or scale_N.shape == index_N.shape
-    (N,), (T, D) = index_N.shape, x_TD.shape
-    if tail_MD is not None:
-        assert tail_MD.dtype == x_TD.dtype and tail_MD.shape[1:] == (D,)
-        tail_MD = _unit_stride(tail_MD) if tail_MD.shape[0] else None
-    x_TD, index_N = _unit_stride(x_TD), index_N.contiguous()
-    scale_N = None if scale_N is None else scale_N.contiguous()
-    rows_ND = torch.empty((N, D), dtype=x_TD.dtype, device=x_TD.device)
-    if rows_ND.numel():
-        _gather_rows_kernel[(N,)](
-            *(x_TD, tail_MD, index_N, scale_N, rows_ND),
-            *(x_TD.stride(0), 0 if tail_MD is None else tail_MD.stride(0), T, D),
-            HAS_TAIL=tail_MD is not None,
-            HAS_SCALE=scale_N is not None,
+    if torch.float64 in (x_UD.dtype, None if values_N is None else values_N.dtype):
+        return reference.scatter_rows(x_UD, target_UK, rows_ND, values_UK, values_N)
+    (U, K), D = target_UK.shape, rows_ND.shape[1]
+    assert x_UD.shape == (U, D) and x_UD.dtype == rows_ND.dtype and target_UK.dtype == torch.int32
+    assert rows_ND.stride(1) == 1 and target_UK.stride(1) == 1
+    assert (values_UK is None) == (values_N is None)
+    if values_UK is not None:
+        assert values_UK.shape == (U, K)
+        values_UK = _unit_stride(values_UK)
+    x_UD = _unit_stride(x_UD)
+    if U:
+        _scatter_rows_kernel[(U,)](
+            *(x_UD, target_UK, rows_ND, values_UK, values_N),
+            *(x_UD.stride(0), target_UK.stride(0), rows_ND.stride(0)),
+            *(0 if values_UK is None else values_UK.stride(0), D, K),
+            HAS_VALUES=values_UK is not None,
             **_launch_sizes(D, 4096),
         )
-    return rows_ND
 
 
-def combine_rows(
-    rows_ND: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tensor | None = None
+def sum_rows(
+    home_ND: torch.Tensor,
+    foreign_MD: torch.Tensor,
+    source_UK: torch.Tensor,
+    parcels_VD: torch.Tensor | None = None,
+    sent_UK: torch.Tensor | None = None,
+    *,
+    out_UD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`y[t] = sum_k weight[t, k] * rows[position[t, k]]`, summed in k order in fp32, rounded once.
+    """`y[u] = sum_k rows[source[u, k]] + sum_k parcels[sent[u, k]]`, in fp32, rounded once.
+
+    The order of the sum is that of k, rows before parcels.
 
     Args:
-        rows_ND: [N, D] fp32, bf16, fp16 (float64: the twin's job); any row stride.
-        position_TK: [T, K] int64, each in [0, N); repeats allowed.
-        weight_TK: [T, K], any float dtype, or None for weights of one.
+        home_ND: [N, D] fp32, bf16, fp16 (float64: the twin's job); any row stride.
+        foreign_MD: [M, D] in the same dtype: rows that are read as if they followed home's.
+        source_UK: [U, K] int32, any row stride, each below N + M; negative: nothing.
+        parcels_VD: [V, D] in the same dtype, any row stride; or None.
+        sent_UK: [U, K] int32, each below V; negative: nothing. With parcels only.
+        out_UD: [U, D] in the same dtype, any row stride, where y goes; None: new memory.
 
     Returns:
-        [T, D] contiguous, in rows' dtype.
+        [U, D].
     """
-    if rows_ND.dtype == torch.float64:
-        return reference.combine_rows(rows_ND, position_TK, weight_TK)
-    assert rows_ND.dim() == 2 and position_TK.dim() == 2 and position_TK.dtype == torch.int64
-    assert weight_TK is None or weight_TK.shape == position_TK.shape
-    (T, K), D = position_TK.shape, rows_ND.shape[1]
-    rows_ND, position_TK = _unit_stride(rows_ND), position_TK.contiguous()
-    weight_TK = None if weight_TK is None else weight_TK.contiguous()
-    y_TD = torch.empty((T, D), dtype=rows_ND.dtype, device=rows_ND.device)
-    if y_TD.numel():
-        _combine_rows_kernel[(T,)](
-            *(rows_ND, position_TK, weight_TK, y_TD, rows_ND.stride(0), D, K),
-            HAS_WEIGHT=weight_TK is not None,
+    if home_ND.dtype == torch.float64:
+        return reference.sum_rows(
+            home_ND, foreign_MD, source_UK, parcels_VD, sent_UK, out_UD=out_UD
+        )
+    (U, K), D = source_UK.shape, home_ND.shape[1]
+    if out_UD is None:
+        out_UD = home_ND.new_empty((U, D))
+    assert home_ND.dtype == foreign_MD.dtype == out_UD.dtype and out_UD.shape == (U, D)
+    assert out_UD.stride(1) == 1 and source_UK.stride(1) == 1
+    home_ND, foreign_MD = _unit_stride(home_ND), _unit_stride(foreign_MD)
+    if parcels_VD is not None:
+        assert parcels_VD.dtype == home_ND.dtype and parcels_VD.stride(1) == 1
+        assert sent_UK.shape == (U, K) and sent_UK.is_contiguous()
+    if U:
+        _sum_rows_kernel[(U,)](
+            *(home_ND, foreign_MD, source_UK, parcels_VD, sent_UK, out_UD, len(home_ND)),
+            *(home_ND.stride(0), foreign_MD.stride(0), source_UK.stride(0)),
+            *(0 if parcels_VD is None else parcels_VD.stride(0), out_UD.stride(0), D, K),
+            HAS_FOREIGN=len(foreign_MD) > 0,
+            HAS_PARCELS=parcels_VD is not None,
             **_launch_sizes(D, 2048 if K <= 8 else 1024),
         )
-    return y_TD
-
-
-def row_dots(
-    rows_ND: torch.Tensor, position_TK: torch.Tensor, grad_TD: torch.Tensor
-) -> torch.Tensor:
-    """`dots[t, k] = <rows[position[t, k]], grad[t]>`, accumulated in fp32.
-
-    Args:
-        rows_ND: [N, D] fp32, bf16, fp16 (float64 here or in grad: the twin's job); any row stride.
-        position_TK: [T, K] int64, each in [0, N); repeats allowed.
-        grad_TD: [T, D], any of the same dtypes; any row stride.
-
-    Returns:
-        [T, K] fp32.
-    """
-    if torch.float64 in (rows_ND.dtype, grad_TD.dtype):
-        return reference.row_dots(rows_ND, position_TK, grad_TD)
-    assert rows_ND.dim() == 2 and position_TK.dim() == 2 and position_TK.dtype == torch.int64
-    (T, K), D = position_TK.shape, rows_ND.shape[1]
-    assert grad_TD.shape == (T, D)
-    rows_ND, grad_TD = _unit_stride(rows_ND), _unit_stride(grad_TD)
-    dots_TK = torch.empty((T, K), dtype=torch.float32, device=rows_ND.device)
-    if dots_TK.numel():
-        block_k = triton.next_power_of_2(K)
-        _row_dots_kernel[(T,)](
-            *(rows_ND, position_TK.contiguous(), grad_TD, dots_TK),
-            *(rows_ND.stride(0), grad_TD.stride(0), D, K),
-            BLOCK_K=block_k,
-            BLOCK_D=min(triton.next_power_of_2(max(D, 16)), max(4096 // block_k, 256)),
-            num_warps=4,
-        )
-    return dots_TK
+    return out_UD

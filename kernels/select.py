@@ -16,13 +16,15 @@ CHOICES = ("auto", "triton", "torch")
 
 
 class KernelSet(NamedTuple):
-    """The five launchers; `reference.py` documents each, and both sets have the same signatures."""
+    """The launchers; `reference.py` documents each, and both sets have the same signatures."""
 
     name: str
     """`"triton"` or `"torch"`."""
-    gather_rows: Callable
-    combine_rows: Callable
-    row_dots: Callable
+    count_copies: Callable
+    address_copies: Callable
+    label_parcels: Callable
+    scatter_rows: Callable
+    sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
 
@@ -32,25 +34,19 @@ def _torch_kernels() -> KernelSet:
 
 
 def _triton_kernels() -> KernelSet:
-    from . import rows, swiglu
+    from . import counts, routes, rows, swiglu
 
-    return KernelSet(
-        name="triton",
-        gather_rows=rows.gather_rows,
-        combine_rows=rows.combine_rows,
-        row_dots=rows.row_dots,
-        swiglu_forward=swiglu.swiglu_forward,
-        swiglu_backward=swiglu.swiglu_backward,
-    )
+    found = {**vars(counts), **vars(routes), **vars(rows), **vars(swiglu)}
+    return KernelSet("triton", **{name: found[name] for name in KernelSet._fields[1:]})
 
 
 def _compiled() -> bool:
     """Whether the kernels need a GPU: the environment at their import counts, not today's."""
     import triton
 
-    from .rows import _gather_rows_kernel
+    from .rows import _sum_rows_kernel
 
-    return isinstance(_gather_rows_kernel, triton.JITFunction)
+    return isinstance(_sum_rows_kernel, triton.JITFunction)
 
 
 def select_kernels(choice: str, device: torch.device) -> KernelSet:

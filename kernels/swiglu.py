@@ -1,12 +1,13 @@
 """SwiGLU, forward and backward, each in one pass over memory.
 
 Composed from PyTorch operations this is three to nine passes with fp32 temporaries; fused, every
-element is read and written once and all arithmetic is fp32 in registers. Backward recomputes h,
-which costs one write and saves keeping h from forward to backward.
+element is read and written once and all arithmetic is fp32 in registers. A row may have a weight
+that its activation is multiplied with: since the down projection is linear, that is the routing
+weight of the expert's output, for the price of a multiplication, and its gradient is a sum along
+the row that backward holds in registers anyway. Backward recomputes h, which costs one write and
+saves keeping h from forward to backward.
 
-Contiguous inputs are treated as one long row, so that no block is cut short at the end of a row of
-F. Others, such as the two halves of a fused [N, 2F] projection, are walked row by row, without a
-copy; there a block that F does not fill is the price.
+One program walks along one row in blocks; where a block does not fill F, some of its lanes idle.
 
 Shape letters: F expert FFN size, N rows. Tensors lie on the current device. float64 inputs go to
 the twin in `reference.py`. No function of Triton's own library is called; `rows.py` says why.
@@ -20,36 +21,40 @@ from . import reference
 
 
 @triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
 def _sigmoid(x):
     # exp(-x) = inf gives 0, which is right.
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _block(columns, blocks_per_row, BLOCK: tl.constexpr):
-    """Row, column offsets and mask of this program, all int64: one row may be the whole tensor."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks_per_row
-    column = (program % blocks_per_row) * BLOCK + tl.arange(0, BLOCK)
-    return row, column, column < columns
-
-
-@triton.jit
 def _forward_kernel(
     gate_ptr,
     up_ptr,
+    weight_ptr,
     h_ptr,
     gate_stride,
     up_stride,
-    columns,
-    blocks_per_row,
+    F: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, column, mask = _block(columns, blocks_per_row, BLOCK)
-    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    h = gate * _sigmoid(gate) * up
-    tl.store(h_ptr + row * columns + column, h.to(h_ptr.dtype.element_ty), mask=mask)
+    n = tl.program_id(0).to(tl.int64)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + n).to(tl.float32)
+    for start in range(0, F, BLOCK):
+        f = start + tl.arange(0, BLOCK)
+        gate = tl.load(gate_ptr + n * gate_stride + f, mask=f < F, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + n * up_stride + f, mask=f < F, other=0.0).to(tl.float32)
+        h = gate * _sigmoid(gate) * up
+        if HAS_WEIGHT:
+            h = h * weight
+        tl.store(h_ptr + n * F + f, h.to(h_ptr.dtype.element_ty), mask=f < F)
 
 
 @triton.jit
@@ -57,97 +62,125 @@ def _backward_kernel(
     dh_ptr,
     gate_ptr,
     up_ptr,
+    weight_ptr,
     dgate_ptr,
     dup_ptr,
     h_ptr,
-    dh_stride,
+    dweight_ptr,
     gate_stride,
     up_stride,
-    columns,
-    blocks_per_row,
+    F: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, column, mask = _block(columns, blocks_per_row, BLOCK)
-    dh = tl.load(dh_ptr + row * dh_stride + column, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = _sigmoid(gate)
-    silu = gate * sigmoid
-    dgate = dh * up * (sigmoid + silu * (1.0 - sigmoid))
-    out = row * columns + column
-    tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + out, (dh * silu).to(dup_ptr.dtype.element_ty), mask=mask)
-    tl.store(h_ptr + out, (silu * up).to(h_ptr.dtype.element_ty), mask=mask)
+    n = tl.program_id(0).to(tl.int64)
+    weight = 1.0
+    dweight = tl.full([BLOCK], 0.0, tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + n).to(tl.float32)
+    for start in range(0, F, BLOCK):
+        f = start + tl.arange(0, BLOCK)
+        dh = tl.load(dh_ptr + n * F + f, mask=f < F, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + n * gate_stride + f, mask=f < F, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + n * up_stride + f, mask=f < F, other=0.0).to(tl.float32)
+        sigmoid = _sigmoid(gate)
+        silu = gate * sigmoid
+        h = silu * up
+        if HAS_WEIGHT:
+            dweight += dh * h
+            dh = dh * weight
+            h = h * weight
+        dgate = dh * up * (sigmoid + silu * (1.0 - sigmoid))
+        out = n * F + f
+        tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=f < F)
+        tl.store(dup_ptr + out, (dh * silu).to(dup_ptr.dtype.element_ty), mask=f < F)
+        tl.store(h_ptr + out, h.to(h_ptr.dtype.element_ty), mask=f < F)
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + n, tl.reduce(dweight, 0, _add))
 
 
-def _launch(
-    kernel, inputs_NF: tuple[torch.Tensor, ...], outputs: int, last: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Runs an elementwise kernel over [N, F] inputs.
-
-    Its outputs are new contiguous tensors, but for the last one where that is given.
-    """
-    first = inputs_NF[0]
-    assert all(x.dim() == 2 and x.shape == first.shape for x in inputs_NF)
-    assert all(x.dtype == first.dtype for x in inputs_NF)
-    N, F = first.shape
-    assert last is None or last.is_contiguous()
-    reused = () if last is None else (last,)
-    outputs_NF = tuple(
-        torch.empty((N, F), dtype=first.dtype, device=first.device)
-        for _ in range(outputs - len(reused))
-    )
-    outputs_NF += reused
-    if first.numel() == 0:
-        return outputs_NF
-    inputs_NF = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs_NF)
-    rows, columns = (1, N * F) if all(x.is_contiguous() for x in inputs_NF) else (N, F)
-    block = min(triton.next_power_of_2(max(columns, 16)), 2048)
-    blocks_per_row = triton.cdiv(columns, block)
-    kernel[(rows * blocks_per_row,)](
-        *inputs_NF,
-        *outputs_NF,
-        *(x.stride(0) for x in inputs_NF),
-        columns,
-        blocks_per_row,
-        BLOCK=block,
-        num_warps=min(max(block // 256, 1), 4),
-    )
-    return outputs_NF
+def _block(F: int) -> dict[str, int]:
+    """The longest block of at most 1024 that wastes least of its last round, and its warps."""
+    longest = min(triton.next_power_of_2(max(F, 16)), 1024)
+    sizes = [size for size in (longest, longest // 2, longest // 4) if size >= 16]
+    block = min(sizes, key=lambda size: triton.cdiv(F, size) * size)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 4)}
 
 
-def swiglu_forward(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
-    """`h = silu(gate) * up`, computed in fp32 and rounded once.
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def swiglu_forward(
+    gate_NF: torch.Tensor, up_NF: torch.Tensor, weight_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`h = silu(gate) * up * weight`, computed in fp32 and rounded once.
 
     Args:
         gate_NF, up_NF: [N, F], one dtype of fp32, bf16, fp16 (float64: the twin's job); any row
             stride.
+        weight_N: [N], any float dtype, or None for weights of one.
 
     Returns:
         [N, F] contiguous, in the inputs' dtype.
     """
     if gate_NF.dtype == torch.float64:
-        return reference.swiglu_forward(gate_NF, up_NF)
-    (h_NF,) = _launch(_forward_kernel, (gate_NF, up_NF), outputs=1)
+        return reference.swiglu_forward(gate_NF, up_NF, weight_N)
+    assert gate_NF.shape == up_NF.shape and gate_NF.dtype == up_NF.dtype
+    N, F = gate_NF.shape
+    gate_NF, up_NF = _unit_stride(gate_NF), _unit_stride(up_NF)
+    h_NF = gate_NF.new_empty((N, F))
+    if h_NF.numel():
+        _forward_kernel[(N,)](
+            *(gate_NF, up_NF, None if weight_N is None else weight_N.contiguous(), h_NF),
+            *(gate_NF.stride(0), up_NF.stride(0), F),
+            HAS_WEIGHT=weight_N is not None,
+            **_block(F),
+        )
     return h_NF
 
 
 def swiglu_backward(
-    dh_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, *, into_dh: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dh_NF: torch.Tensor,
+    gate_NF: torch.Tensor,
+    up_NF: torch.Tensor,
+    weight_N: torch.Tensor | None = None,
+    *,
+    into_dh: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of `swiglu_forward`, and its output once more.
 
     Args:
         dh_NF, gate_NF, up_NF: [N, F], one dtype of fp32, bf16, fp16 (float64: the twin's job); any
             row stride.
+        weight_N: [N], as in forward.
         into_dh: h takes dh's memory, which must be contiguous and nobody else's; every element is
             read before it is written.
 
     Returns:
-        (dgate, dup, h), each [N, F] contiguous in the inputs' dtype; h is what `swiglu_forward`
-        returns.
+        (dgate, dup, h, dweight): three [N, F] contiguous in the inputs' dtype, of which h is what
+        `swiglu_forward` returns; and fp32 [N], or None without weights.
     """
     if gate_NF.dtype == torch.float64:
-        return reference.swiglu_backward(dh_NF, gate_NF, up_NF, into_dh=into_dh)
-    last = dh_NF if into_dh else None
-    return _launch(_backward_kernel, (dh_NF, gate_NF, up_NF), outputs=3, last=last)
+        return reference.swiglu_backward(dh_NF, gate_NF, up_NF, weight_N, into_dh=into_dh)
+    assert dh_NF.shape == gate_NF.shape == up_NF.shape
+    assert dh_NF.dtype == gate_NF.dtype == up_NF.dtype
+    assert not into_dh or dh_NF.is_contiguous()
+    N, F = gate_NF.shape
+    dh_NF, gate_NF, up_NF = dh_NF.contiguous(), _unit_stride(gate_NF), _unit_stride(up_NF)
+    dgate_NF, dup_NF = (gate_NF.new_empty((N, F)) for _ in range(2))
+    h_NF = dh_NF if into_dh else gate_NF.new_empty((N, F))
+    dweight_N = None
+    if weight_N is not None:
+        weight_N = weight_N.contiguous()
+        dweight_N = gate_NF.new_empty(N, dtype=torch.float32)
+    if dgate_NF.numel():
+        _backward_kernel[(N,)](
+            *(dh_NF, gate_NF, up_NF, weight_N, dgate_NF, dup_NF, h_NF, dweight_N),
+            *(gate_NF.stride(0), up_NF.stride(0), F),
+            HAS_WEIGHT=weight_N is not None,
+            **_block(F),
+        )
+    elif dweight_N is not None:
+        dweight_N.zero_()
+    return dgate_NF, dup_NF, h_NF, dweight_N

@@ -21,27 +21,29 @@ ROOMS = {
     # module of ds_llep: (modules of ds_llep below it, packages from outside)
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
     "plan": (set(), {"numpy"}),
-    "counts": (set(), {"numpy", "torch", "deepspeed.comm"}),
+    "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm"}),
     "timeline": (set(), {"deepspeed.accelerator"}),
-    "dispatch": ({"plan", "timeline"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
+    "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
+    "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),
+    "activation": (KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
     "ranks": (set(), {"torch", "deepspeed.comm"}),
     "shards": ({"ranks"}, {"torch", "deepspeed.accelerator", "deepspeed.runtime.zero"}),
     "workspace": (set(), {"torch"}),
     "fetch": (
-        {"plan", "ranks", "shards", "timeline", "workspace"},
+        {"plan", "ranks", "shards", "workspace"},
         {"numpy", "torch", "deepspeed.comm"},
     ),
     "returns": ({"plan", "fetch", "workspace"}, {"torch", "deepspeed.comm"}),
     "experts": (
-        {"plan", "fetch", "returns", "timeline"} | KERNELS,
+        {"activation", "dispatch", "plan", "fetch", "returns", "timeline"} | KERNELS,
         {"torch", "deepspeed.moe.ep_experts"},
     ),
     "trace": (set(), {"numpy"}),
     "recorder": ({"compat", "config", "shards", "trace"}, {"numpy", "deepspeed.comm"}),
     "monitor": ({"config", "plan", "recorder"}, {"torch"}),
     "layer": (
-        {"config", "plan", "counts", "dispatch", "shards", "fetch", "experts", "monitor"}
-        | {"timeline"}
+        {"config", "plan", "counts", "route", "dispatch", "shards", "fetch", "experts"}
+        | {"monitor", "timeline"}
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),

@@ -100,9 +100,11 @@ class Rates:
 
     def memory_rate(self) -> float:
         rows_ND = self._randn(self._sizes.rows, self._sizes.hidden_size)
-        order = torch.randperm(len(rows_ND), device=self._device)
-        gather = select_kernels("auto", self._device).gather_rows
-        return 2 * rows_ND.nbytes / self._seconds_in_a_row(lambda: gather(rows_ND, order))
+        target_N1 = torch.randperm(len(rows_ND), device=self._device).int().unsqueeze(1)
+        out_ND = rows_ND.new_empty((len(rows_ND) + 1, rows_ND.shape[1]))
+        scatter = select_kernels("auto", self._device).scatter_rows
+        took = self._seconds_in_a_row(lambda: scatter(rows_ND, target_N1, out_ND))
+        return 2 * rows_ND.nbytes / took
 
     def grouped_rate(self, machine: Machine) -> Points:
         """By the rows of a group, what the model needs to find the time of three products."""

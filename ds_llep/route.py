@@ -1,0 +1,135 @@
+"""A rank's route: the plan as splits of the all-to-alls and as maps from copies to rows.
+
+A *copy* is a (token, choice) pair. A token travels to a rank once, as a *parcel*, however many of
+its copies are computed there. How many parcels there are is known on the device only, after the
+plan; the host, which must size the all-to-all, would have to wait for it a second time. So it takes
+a bound that follows from the counts: a rank gets no more parcels from a source than the source has
+tokens, than copies go there, or than tokens with a home expert there plus copies of experts foreign
+there. Without spills that bound is exact; otherwise some parcels may travel empty.
+
+Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``E`` experts, ``P`` ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import deepspeed.comm as dist
+import numpy as np
+import torch
+
+from ds_llep.kernels.select import KernelSet
+from ds_llep.plan import Plan
+
+
+class RouteMaps(NamedTuple):
+    """The maps of a route, int32 on the device; entries of -1 are nowhere."""
+
+    own_TK: torch.Tensor
+    """The row of each copy that is computed on its own rank."""
+    sent_TK: torch.Tensor
+    """For each copy that is computed elsewhere, the place u of its token's parcel in the send
+    buffer: u for the first copy in it, -(u + 2) for the others."""
+    target_TK: torch.Tensor
+    """The row of each copy on the rank that computes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Where everything of one layer and micro-batch goes."""
+
+    send_splits: list[int]
+    """Parcels to each rank of the EP group; none to itself."""
+    recv_splits: list[int]
+    """Parcels from each rank of the EP group."""
+    rows_per_slot: list[int]
+    """Rows of each of this rank's expert slots: home experts first, then foreign ones."""
+    num_home_rows: int
+    """How many of the rows, the first ones, are those of home slots."""
+    num_rows: int
+    group: dist.ProcessGroup | None
+    kernels: KernelSet
+
+
+def sort_copies(selected_TK: torch.Tensor) -> torch.Tensor:
+    """Each copy's place when a rank's copies are sorted by expert, in token order within one.
+
+    Returns:
+        int32 ``[T, K]``.
+    """
+    # Expert ids are small numbers, which sort in fewer passes.
+    order = torch.sort(selected_TK.reshape(-1).to(torch.int16), stable=True).indices
+    places = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    return torch.empty_like(places).scatter_(0, order, places).view(selected_TK.shape)
+
+
+def make_route(
+    selected_TK: torch.Tensor,
+    position_TK: torch.Tensor,
+    reached_PP: np.ndarray,
+    plan: Plan,
+    rank: int,
+    group: dist.ProcessGroup | None,
+    kernels: KernelSet,
+) -> tuple[Route, RouteMaps]:
+    """Turn the plan into this rank's splits and maps.
+
+    Args:
+        selected_TK: expert ids ``[T, K]`` in ``[0, E)``.
+        position_TK: from :func:`sort_copies`.
+        reached_PP: how many of a rank's tokens (first index) have an expert at home on a rank.
+        plan: the EP group's plan.
+        rank: this rank in the EP group.
+        group: the EP group.
+        kernels: launchers that make the maps and move the rows.
+    """
+    send_splits, recv_splits = _splits(plan, reached_PP, rank, selected_TK.shape[1])
+    first_P = np.cumsum(send_splits) - send_splits
+    before_E, own_E = plan.counts_PE[:rank].sum(axis=0), plan.counts_PE[rank]
+    fields = plan.tokens_EP.ravel(), before_E, own_E, first_P
+    sizes = [field.size for field in fields]
+    on_device = torch.from_numpy(np.concatenate(fields).astype(np.int32)).to(
+        selected_TK.device, non_blocking=True
+    )
+    tokens, *rest = on_device.split(sizes)
+    maps = kernels.address_copies(
+        selected_TK, position_TK, tokens.view(plan.tokens_EP.shape), *rest, rank
+    )
+
+    rows_per_slot = plan.tokens_EP[list(plan.slots(rank)), rank].tolist()
+    route = Route(
+        send_splits=send_splits.tolist(),
+        recv_splits=recv_splits.tolist(),
+        rows_per_slot=rows_per_slot,
+        num_home_rows=sum(rows_per_slot[: plan.experts_per_rank]),
+        num_rows=sum(rows_per_slot),
+        group=group,
+        kernels=kernels,
+    )
+    return route, RouteMaps(*maps)
+
+
+def _splits(
+    plan: Plan, reached_PP: np.ndarray, rank: int, top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most parcels that this rank may send to each rank, and receive from each.
+
+    Every rank finds the same number for each pair.
+    """
+    sent_P, received_P = reached_PP[rank].copy(), reached_PP[:, rank].copy()
+    if plan.spills:
+        # Only spilled experts' copies can be elsewhere than at home, so only they can add parcels.
+        tokens_P = plan.counts_PE.sum(axis=1) // top_k
+        send_EP, recv_PE = plan.send_EP(rank), plan.recv_PE(rank)
+        home_E = np.arange(plan.num_experts) // plan.experts_per_rank
+        foreign_EP = send_EP * (home_E[:, None] != np.arange(plan.num_ranks))
+        foreign_PE = recv_PE * (home_E != rank)
+        sent_P = _least(send_EP.sum(0), tokens_P[rank], sent_P + foreign_EP.sum(0))
+        received_P = _least(recv_PE.sum(1), tokens_P, received_P + foreign_PE.sum(1))
+    sent_P[rank] = received_P[rank] = 0
+    return sent_P, received_P
+
+
+def _least(*bounds: np.ndarray) -> np.ndarray:
+    return np.minimum.reduce(np.broadcast_arrays(*bounds))

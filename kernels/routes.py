@@ -1,0 +1,266 @@
+"""Routing on the device: where every copy of a token goes.
+
+A *copy* is a (token, choice) pair. A token travels to a rank once, however many of its copies are
+computed there; on the way it is a *parcel*, a row of the send buffer.
+
+Blocks of tokens are independent but for the places in the send buffer, which depend on all blocks
+before. So the addresses come first, with every block's number of parcels for each rank, and a
+second kernel adds those up: two small launches, no atomics, and the same places on every run.
+
+Kernels call no function of Triton's own library; `rows.py` says why.
+
+Shape letters: T tokens of this rank, K experts per token, E experts, P ranks of the group, U
+parcels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import reference
+
+_TOKENS = 128  # of a block
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _max(a, b):
+    return tl.where(a > b, a, b)
+
+
+@triton.jit
+def _clip(x, most):
+    return tl.where(x < 0, 0, tl.where(x > most, most, x))
+
+
+@triton.jit
+def _run_kernel(
+    tokens_ptr,
+    before_ptr,
+    own_ptr,
+    end_ptr,
+    shift_ptr,
+    E: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
+    p = tl.arange(0, BLOCK_P)
+    entry = e[:, None] * P + p[None, :]
+    mask = (e < E)[:, None] & (p < P)[None, :]
+    tokens = tl.load(tokens_ptr + entry, mask=mask, other=0)
+    before = tl.load(before_ptr + e, mask=e < E, other=0)
+    own = tl.load(own_ptr + e, mask=e < E, other=0)
+    # A rank's rows by slot: home experts, then foreign ones.
+    is_home = (e // (E // P))[:, None] == p[None, :]
+    home = tl.where(is_home, tokens, 0)
+    foreign = tokens - home
+    first_home = tl.associative_scan(home, 0, _add) - home
+    first_foreign = tl.associative_scan(foreign, 0, _add) - foreign
+    first_foreign += tl.reduce(home, 0, _add)[None, :]
+    slot = tl.where(is_home, first_home, first_foreign)
+    # Copies of earlier ranks fill an expert's runs from the left, then this rank's.
+    start = tl.associative_scan(tokens, 1, _add) - tokens
+    earlier = _clip(before[:, None] - start, tokens)
+    sent = _clip((before + own)[:, None] - start, tokens) - earlier
+    first = tl.associative_scan(own, 0, _add) - own
+    end = first[:, None] + tl.associative_scan(sent, 1, _add)
+    tl.store(end_ptr + entry, end, mask=mask)
+    tl.store(shift_ptr + entry, slot + earlier - (end - sent), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "rank"])
+def _address_kernel(
+    selected_ptr,
+    position_ptr,
+    end_ptr,
+    shift_ptr,
+    own_ptr,
+    sent_ptr,
+    target_ptr,
+    parcels_ptr,
+    T,
+    rank,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, BLOCK_P)
+    reached = tl.full([BLOCK_T, BLOCK_P], 0, tl.int32)
+    for k in tl.static_range(K):
+        copy = t * K + k
+        run = tl.load(selected_ptr + copy, mask=t < T, other=0).to(tl.int32) * P
+        position = tl.load(position_ptr + copy, mask=t < T, other=0)
+        # The first rank whose run ends behind the position, by bisection.
+        to = tl.full([BLOCK_T], 0, tl.int32)
+        step = BLOCK_P // 2
+        while step > 0:
+            last = to + step - 1
+            end = tl.load(end_ptr + run + last, mask=(t < T) & (last < P), other=2147483647)
+            to = tl.where(position < end, to, to + step)
+            step = step // 2
+        row = position + tl.load(shift_ptr + run + to, mask=t < T, other=0)
+        own = to == rank
+        tl.store(own_ptr + copy, tl.where(own, row, -1), mask=t < T)
+        tl.store(target_ptr + copy, row, mask=t < T)
+        here = (to[:, None] == ranks[None, :]).to(tl.int32)
+        again = tl.reduce(here * reached, 1, _max) > 0
+        # The rank stands for the place until the next kernel knows it.
+        sent = tl.where(own, -1, tl.where(again, -(to + 2), to))
+        tl.store(sent_ptr + copy, sent, mask=t < T)
+        reached = _max(reached, here)
+    reached = tl.where((ranks != rank)[None, :] & (t < T)[:, None], reached, 0)
+    tl.store(parcels_ptr + block * BLOCK_P + ranks, tl.reduce(reached, 0, _add))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _place_kernel(
+    sent_ptr,
+    parcels_ptr,
+    first_ptr,
+    T,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, BLOCK_P)
+    place = tl.load(first_ptr + ranks, mask=ranks < P, other=0)
+    for start in range(0, block, BLOCK_B):
+        before = start + tl.arange(0, BLOCK_B)
+        parcels_ptrs = parcels_ptr + before[:, None] * BLOCK_P + ranks[None, :]
+        parcels = tl.load(parcels_ptrs, mask=(before < block)[:, None], other=0)
+        place += tl.reduce(parcels, 0, _add)
+    reached = tl.full([BLOCK_T, BLOCK_P], 0, tl.int32)
+    for k in tl.static_range(K):
+        to = tl.load(sent_ptr + t * K + k, mask=t < T, other=-1)
+        reached += (to[:, None] == ranks[None, :]).to(tl.int32)
+    places = place[None, :] + tl.associative_scan(reached, 0, _add) - reached
+    for k in tl.static_range(K):
+        code = tl.load(sent_ptr + t * K + k, mask=t < T, other=-1)
+        to = tl.where(code >= 0, code, -code - 2)
+        here = tl.where(to[:, None] == ranks[None, :], places, 0)
+        found = tl.reduce(here, 1, _add)
+        sent = tl.where(code >= 0, found, tl.where(code == -1, -1, -(found + 2)))
+        tl.store(sent_ptr + t * K + k, sent, mask=t < T)
+
+
+@triton.jit(do_not_specialize=["copies"])
+def _label_kernel(
+    sent_ptr,
+    target_ptr,
+    values_ptr,
+    targets_ptr,
+    weights_ptr,
+    target_stride,
+    weight_stride,
+    copies,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    copy = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    code = tl.load(sent_ptr + copy, mask=copy < copies, other=-1)
+    place = tl.where(code >= 0, code, -code - 2).to(tl.int64)
+    k = copy % K
+    target = tl.load(target_ptr + copy, mask=copy < copies, other=-1)
+    tl.store(targets_ptr + place * target_stride + k, target, mask=place >= 0)
+    value = tl.load(values_ptr + copy, mask=copy < copies, other=0.0)
+    value = value.to(weights_ptr.dtype.element_ty)
+    tl.store(weights_ptr + place * weight_stride + k, value, mask=place >= 0)
+
+
+def _block_p(num_ranks: int) -> int:
+    return max(triton.next_power_of_2(num_ranks), 2)
+
+
+def address_copies(
+    selected_TK: torch.Tensor,
+    position_TK: torch.Tensor,
+    tokens_EP: torch.Tensor,
+    before_E: torch.Tensor,
+    own_E: torch.Tensor,
+    first_P: torch.Tensor,
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where every copy of this rank's tokens goes.
+
+    Args:
+        selected_TK: [T, K] int64 expert ids, each in [0, E).
+        position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
+        tokens_EP: [E, P] int32, the plan: copies of each expert that each rank computes. An
+            expert's copies, by source rank and token, are cut into runs of these lengths.
+        before_E: [E] int32: copies of each expert on the ranks before this one.
+        own_E: [E] int32: copies of each expert on this rank.
+        first_P: [P] int32: the first place of each rank's parcels.
+        rank: this rank, to which nothing is sent.
+
+    Returns:
+        Three int32 [T, K]. `own`: the row of a copy that is computed here, else -1. `sent`: the
+        place u of the token's parcel, for the first of the copies that it serves; -(u + 2) for the
+        others; -1 for own copies. `target`: the row of the copy on the rank that computes it: rows
+        are in the order of the rank's experts, home before foreign ones, then of source ranks, then
+        of tokens. Places of a rank are given in token order.
+    """
+    (T, K), (E, P) = selected_TK.shape, tokens_EP.shape
+    own, sent, target = selected_TK.new_empty((3, T, K), dtype=torch.int32)
+    if T:
+        blocks, block_p = triton.cdiv(T, _TOKENS), _block_p(P)
+        block_e = triton.next_power_of_2(E)
+        end_EP, shift_EP = tokens_EP.new_empty((2, E, P))
+        _run_kernel[(1,)](
+            *(tokens_EP, before_E, own_E, end_EP, shift_EP, E, P, block_e, block_p),
+            num_warps=16 if block_e * block_p > 4096 else 4,
+        )
+        parcels = selected_TK.new_empty((blocks, block_p), dtype=torch.int32)
+        _address_kernel[(blocks,)](
+            *(selected_TK.contiguous(), position_TK.contiguous(), end_EP, shift_EP),
+            *(own, sent, target, parcels, T, rank, P, K, _TOKENS, block_p),
+            num_warps=4,
+        )
+        _place_kernel[(blocks,)](
+            *(sent, parcels, first_P, T, P, K, _TOKENS, block_p), BLOCK_B=32, num_warps=4
+        )
+    return own, sent, target
+
+
+def label_parcels(
+    sent_TK: torch.Tensor,
+    target_TK: torch.Tensor,
+    values_TK: torch.Tensor,
+    targets_UK: torch.Tensor,
+    values_UK: torch.Tensor,
+) -> None:
+    """Write on each parcel which rows its copies are, and their values.
+
+    Args:
+        sent_TK, target_TK: as from `address_copies`.
+        values_TK: [T, K], any float dtype.
+        targets_UK: [U + 1, K] int32, any row stride, changed in place: the row of each copy, -1 for
+            choices that this parcel does not serve and for parcels that no token uses.
+        values_UK: [U + 1, K], a float dtype, any row stride, changed in place where `targets_UK` is
+            not -1.
+
+    The last row of both takes what goes nowhere.
+    """
+    if values_UK.dtype == torch.float64:
+        return reference.label_parcels(sent_TK, target_TK, values_TK, targets_UK, values_UK)
+    copies = sent_TK.numel()
+    targets_UK.fill_(-1)
+    if copies:
+        _label_kernel[(triton.cdiv(copies, 1024),)](
+            *(sent_TK, target_TK, values_TK.contiguous(), targets_UK, values_UK),
+            *(targets_UK.stride(0), values_UK.stride(0), copies, sent_TK.shape[1]),
+            BLOCK=1024,
+            num_warps=4,
+        )
