@@ -200,7 +200,7 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
         if rest <= 0:
             continue
         effective_P[home] -= rest
-        entry_P[home] = None
+        entry_P[home] = None  # until what it keeps is known
         taken: dict[int, int] = {}
         while rest:
             # The paper sorts the ranks by effective load for every chunk and walks them. The first

@@ -47,12 +47,7 @@ def _next_expert(key_PM, below, effective_P, capacity):
 
 # Numbers of the config: specialising on their values would only compile anew.
 @triton.jit(
-    do_not_specialize=[
-        "threshold_bits",
-        "factor_bits",
-        "min_tokens",
-        "max_foreign_experts",
-    ]
+    do_not_specialize=["threshold_bits", "factor_bits", "min_tokens", "max_foreign_experts"]
 )
 def _plan_lla_kernel(
     counts_ptr,
