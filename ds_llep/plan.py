@@ -10,6 +10,7 @@ rank of expert e is `e // M`; a helper is a rank that computes some of e's token
 """
 
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -100,9 +101,13 @@ class Plan:
     def send_EP(self, source: int) -> np.ndarray:
         """int64 [E, P]: how many of rank `source`'s tokens of expert e go to rank p."""
         assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
-        first_E1 = self.counts_PE[:source].sum(0)[:, None]
-        last_E1 = first_E1 + self.counts_PE[source][:, None]
-        return _overlap(self.tokens_EP, first_E1, last_E1, axis=1)
+        send_EP = _all_at_home(self.counts_PE[source], self.num_ranks)
+        # Few experts spill; all tokens of the others go home.
+        if spilled := list({spill.expert for spill in self.spills}):
+            before = self.counts_PE[:source, spilled].sum(0)
+            first, last = before[:, None], (before + self.counts_PE[source][spilled])[:, None]
+            send_EP[spilled] = _overlap(self.tokens_EP[spilled], first, last, axis=1)
+        return send_EP
 
     def recv_PE(self, rank: int) -> np.ndarray:
         """int64 [P, E]: how many tokens of expert e `rank` receives from source rank p.
@@ -110,12 +115,14 @@ class Plan:
         `recv_PE(p)[s, e] == send_EP(s)[e, p]`.
         """
         assert 0 <= rank < self.num_ranks, f"rank {rank} of {self.num_ranks}"
-        # A rank computes few of the experts; the other columns stay zero.
-        active = np.flatnonzero(self.tokens_EP[:, rank])
-        first = self.tokens_EP[active, :rank].sum(1)
-        last = first + self.tokens_EP[active, rank]
+        M = self.experts_per_rank
+        at_home = slice(rank * M, (rank + 1) * M)
         recv_PE = np.zeros_like(self.counts_PE)
-        recv_PE[:, active] = _overlap(self.counts_PE[:, active], first, last, axis=0)
+        recv_PE[:, at_home] = self.counts_PE[:, at_home]
+        if shared := list({s.expert for s in self.spills if rank in (s.home, s.helper)}):
+            first = self.tokens_EP[shared, :rank].sum(1)
+            last = first + self.tokens_EP[:, rank][shared]
+            recv_PE[:, shared] = _overlap(self.counts_PE[:, shared], first, last, axis=0)
         return recv_PE
 
 
@@ -142,21 +149,20 @@ def make_plan(counts_PE, config) -> Plan:
 
     # IEEE double arithmetic on equal integers is the same on every rank, so no rank can disagree.
     bypassed = not any(home_load) or _load_ratio(home_load) < config.imbalance_threshold
-    moved, capped_tokens = {}, 0
+    moved, rank_load, capped_tokens = {}, home_load, 0
     if not bypassed:
-        moved, capped_tokens = PLANNERS[config.planner](load_E.tolist(), home_load, config)
+        moved, rank_load, capped_tokens = PLANNERS[config.planner](load_E, home_load, config)
 
     M = E // P
     spills = tuple(Spill(e, e // M, helper, n) for (e, helper), n in sorted(moved.items()))
-    tokens_EP = np.zeros((E, P), dtype=np.int64)
-    tokens_EP[np.arange(E), np.arange(E) // M] = load_E
+    tokens_EP = _all_at_home(load_E, P)
     for spill in spills:
         tokens_EP[spill.expert, spill.home] -= spill.tokens
         tokens_EP[spill.expert, spill.helper] = spill.tokens
-    return Plan(counts_PE, tokens_EP, spills, tokens_EP.sum(0), bypassed, capped_tokens)
+    return Plan(counts_PE, tokens_EP, spills, rank_load, bypassed, capped_tokens)
 
 
-def plan_lla(load_E: list[int], home_load_P: list[int], config):
+def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
     """Least-Loaded Assignment (LLEP, arXiv 2601.17111, Algorithms 2 and 3) on integers.
 
     A rank's effective load is what it was assigned plus its home experts that are not placed yet.
@@ -165,52 +171,73 @@ def plan_lla(load_E: list[int], home_load_P: list[int], config):
     >= 1 no rank ends above the largest home load.
 
     Returns:
-        `({(expert, helper): tokens}, capped_tokens)`: what leaves home, one entry per segment.
+        `({(expert, helper): tokens}, rank_load_P, capped_tokens)`: what leaves home, one entry per
+        segment, and the load of each rank then.
     """
     P, E = len(home_load_P), len(load_E)
-    M = E // P
-    mean = sum(load_E) // P
+    M, total = E // P, sum(home_load_P)
+    mean = total // P
     # One double product, truncated: the same IEEE arithmetic, so the same integer on every rank.
-    capacity = max(1, int(config.capacity_factor * mean) if mean else sum(load_E))
+    capacity = max(1, int(config.capacity_factor * mean) if mean else total)
     limit = E if config.max_foreign_experts is None else config.max_foreign_experts
     foreign_experts_P = [0] * P
     effective_P = list(home_load_P)
     capped_P = [0] * P
     moved: dict[tuple[int, int], int] = {}
 
-    # Stable also when reversed: of equally loaded experts the lower id comes first.
-    for expert in sorted(range(E), key=load_E.__getitem__, reverse=True):
+    # A heap of the ranks that may help, effective load and rank in one int: its first is the least
+    # loaded rank, and of equally loaded ones the lowest. Outdated entries are dropped when met.
+    entry_P = [load * P + rank for rank, load in enumerate(home_load_P)]
+    helpers = entry_P.copy() if limit else []
+    heapify(helpers)
+    # Stable: of equally loaded experts the lower id comes first.
+    order = np.argsort(-load_E, kind="stable").tolist()
+    load_E = load_E.tolist()
+    for expert in order:
         home = expert // M
         # The effective load already counts this expert, so it alone says what does not fit.
         rest = min(load_E[expert], effective_P[home] - capacity)
         if rest <= 0:
             continue
         effective_P[home] -= rest
-        # A rank that takes a chunk of this expert may take another: that is no new foreign expert.
-        helpers = [p for p in range(P) if foreign_experts_P[p] < limit and p != home]
+        entry_P[home] = None  # until what it keeps is known
+        taken: dict[int, int] = {}
         while rest:
             # The paper sorts the ranks by effective load for every chunk and walks them. The first
             # has the most room: where it must refuse a chunk every rank must, and then it is also
-            # the one that takes all the rest. min() keeps the lowest of equally loaded ranks.
-            helper = min(helpers, key=effective_P.__getitem__, default=None)
-            if helper is None:
+            # the one that takes all the rest.
+            while helpers and helpers[0] != entry_P[helpers[0] % P]:
+                heappop(helpers)
+            if not helpers:
                 break
-            room = capacity - effective_P[helper]
-            if room <= 0 and effective_P[helper] > min(effective_P):
+            helper_load, helper = divmod(helpers[0], P)
+            room = capacity - helper_load
+            if room <= 0 and helper_load > min(effective_P):
                 # Less loaded ranks are at their limit; this one would become the overloaded one.
                 break
             chunk = min(rest, room)
             if chunk < max(1, config.min_tokens_per_gemm):
                 chunk = rest  # it is all that is left, or no rank takes a chunk
-            if (expert, helper) not in moved:
-                foreign_experts_P[helper] += 1
-            moved[expert, helper] = moved.get((expert, helper), 0) + chunk
+            taken[helper] = taken.get(helper, 0) + chunk
             effective_P[helper] += chunk
+            entry_P[helper] += chunk * P
+            heapreplace(helpers, entry_P[helper])
             rest -= chunk
         effective_P[home] += rest
         # Other experts may still relieve this home of what this one could not: count it once.
         capped_P[home] = min(capped_P[home] + rest, effective_P[home] - capacity)
-    return moved, sum(capped_P)
+        # A rank that takes several chunks of an expert holds one foreign expert more.
+        for helper, tokens in taken.items():
+            moved[expert, helper] = tokens
+            foreign_experts_P[helper] += 1
+            if foreign_experts_P[helper] == limit:
+                entry_P[helper] = None
+        if foreign_experts_P[home] < limit:
+            entry_P[home] = effective_P[home] * P + home
+            heappush(helpers, entry_P[home])
+        if max(effective_P) <= capacity:
+            break
+    return moved, effective_P, sum(capped_P)
 
 
 PLANNERS = {"lla": plan_lla}
@@ -223,7 +250,7 @@ def _checked_counts(counts_PE) -> np.ndarray:
         raise ValueError(f"make_plan: counts_PE has shape {counts_PE.shape}; {expected}")
     if counts_PE.dtype.kind not in "iu":
         raise ValueError(f"make_plan: counts_PE has dtype {counts_PE.dtype}; {expected}")
-    counts_PE = counts_PE.astype(np.int64)
+    counts_PE = counts_PE.astype(np.int64, copy=False)
     P, E = counts_PE.shape
     if counts_PE.min() < 0:
         p, e = np.argwhere(counts_PE < 0)[0].tolist()
@@ -238,12 +265,16 @@ def _load_ratio(load_P: list[int]) -> float:
     return max(load_P) * len(load_P) / sum(load_P) if any(load_P) else 1.0
 
 
+def _all_at_home(load_E: np.ndarray, num_ranks: int) -> np.ndarray:
+    """int64 [E, P] with the load of each expert in its home's column."""
+    tokens_EP = np.zeros((len(load_E), num_ranks), dtype=np.int64)
+    # The view of every expert's entry for its home: rank p's M experts, each in column p.
+    home_PM = np.einsum("pmp->pm", tokens_EP.reshape(num_ranks, -1, num_ranks))
+    home_PM[:] = load_E.reshape(num_ranks, -1)
+    return tokens_EP
+
+
 def _overlap(lengths, first, last, axis: int) -> np.ndarray:
     """Tokens that consecutive runs of `lengths` (along `axis`) share with [`first`, `last`)."""
-    ends = np.minimum(np.maximum(np.cumsum(lengths, axis), first), last)
-    starts = np.empty_like(ends)
-    if axis == 0:
-        starts[0], starts[1:] = first, ends[:-1]
-    else:
-        starts[:, :1], starts[:, 1:] = first, ends[:, :-1]
-    return ends - starts
+    ends = lengths.cumsum(axis)
+    return np.maximum(np.minimum(ends, last) - np.maximum(ends - lengths, first), 0)
