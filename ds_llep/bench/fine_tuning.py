@@ -140,7 +140,8 @@ class FineTuning:
             batch = Batch(
                 workload, self.settings.shape, self.ep_size, self.settings.seed, self._like
             )
-            errors = self._compare(batch)
+            with mock.patch.object(fetch, "WORKSPACE", Workspace()):
+                errors = self._compare(batch)
             records = [self._measure(batch, workload, mode) for mode in ("ep", "llep")]
             ep, llep = records
             # The plan's, whoever follows it.
