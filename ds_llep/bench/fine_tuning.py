@@ -91,7 +91,7 @@ class ModelSettings:
                     raise ValueError(
                         f"workload {name!r} routes {min(rows_P) // K} to {max(rows_P) // K} tokens "
                         f"a rank, but a model's layers get all {tokens} tokens of every rank; "
-                        f"leave out ragged, empty and traces of another number of tokens"
+                        "leave out ragged, empty and traces of another number of tokens"
                     )
 
 
@@ -130,7 +130,7 @@ class FineTuning:
         self._ids_BS = torch.randint(vocabulary, size, generator=generator).to(device)
 
     def run(self) -> Iterator[list[dict]]:
-        """The records of one workload after the other: ``"ep"``, ``"llep"``.
+        """Measure: each workload's records as soon as there are, of ``"ep"`` and of ``"llep"``.
 
         Raises:
             WrongResults: llep's results are not AutoEP's.
@@ -141,7 +141,7 @@ class FineTuning:
                 workload, self.settings.shape, self.ep_size, self.settings.seed, self._like
             )
             with mock.patch.object(fetch, "WORKSPACE", Workspace()):
-                errors = self._compare(batch)
+                errors = self._compare(batch, workload)
             records = [self._measure(batch, workload, mode) for mode in ("ep", "llep")]
             ep, llep = records
             # The plan's, whoever follows it.
@@ -162,7 +162,7 @@ class FineTuning:
         self.engine.backward(self.engine(input_ids=self._ids_BS, labels=self._ids_BS).loss)
         self.engine.step()
 
-    def _compare(self, batch: Batch) -> dict[str, float]:
+    def _compare(self, batch: Batch, workload: str) -> dict[str, float]:
         """One step in each mode; the relative differences between them."""
         found = {}
         for mode in ("ep", "llep"):
@@ -185,8 +185,8 @@ class FineTuning:
         wrong = {name: f"{error:.2e}" for name, error in errors.items() if not error <= most}
         if wrong:
             raise WrongResults(
-                f"llep's results are not AutoEP's, so no time is given: they differ by {wrong}, "
-                f"relative to AutoEP's; rounding accounts for less than {most}"
+                f"workload {workload}: llep's results are not AutoEP's, so no time is given: the "
+                f"relative difference is {wrong}; rounding accounts for less than {most}"
             )
         return errors
 

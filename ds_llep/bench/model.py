@@ -75,7 +75,8 @@ def measure(args: argparse.Namespace, settings: ModelSettings, device: torch.dev
         for records in fine_tuning.run():
             found += records
             if ranks.is_first():  # at once: the next workload may need more memory than there is
-                failed |= output.append_json(args.json, [{**r, **about} for r in records])
+                records = [{**record, **about} for record in records]
+                failed = output.append_json(args.json, records) or failed
     except WrongResults as error:
         if ranks.is_first():
             print(f"ds-llep model: {error}", file=sys.stderr)
@@ -126,8 +127,8 @@ def show(settings: ModelSettings, records: list[dict]) -> None:
     """The results as a table."""
     first = records[0]
     title = (
-        f"{settings.shape_name}, {settings.layers} layers: {settings.shape.tokens} tokens a rank, "
-        f"sequences of {settings.seq_len}; EP {first['ep_size']} of {first['ranks']} ranks, "
+        f"{settings.shape_name}, {settings.layers} layer(s): {settings.shape.tokens} tokens a "
+        f"rank, sequences of {settings.seq_len}; EP {first['ep_size']} of {first['ranks']} ranks, "
         f"ZeRO-{settings.zero_stage}, checkpointing {'on' if settings.checkpointing else 'off'}, "
         f"{first['dtype']}, {first['device']}; median of {settings.repeats} steps, slowest rank"
     )
