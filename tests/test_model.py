@@ -202,6 +202,7 @@ def test_command(tmp_path):
         ("--workloads 50:4,empty", "'empty' routes 0 to 512 tokens a rank"),
         ("--ep-size 3", "EP size 3 must divide both the 2 ranks and the 16 experts"),
         ('--llep {"lambda":2}', 'unknown key "llep.lambda"'),
+        ('--llep {"weight_source":"shards"}', "needs the shards of ZeRO-3, and --zero-stage is 1"),
         ("--json no/folder/model.jsonl", "cannot write 'no/folder/model.jsonl'"),
     ],
 )

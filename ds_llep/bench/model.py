@@ -107,6 +107,11 @@ def read_settings(args: argparse.Namespace) -> ModelSettings:
             "trains on whole sequences"
         )
     config = LLEPConfig(**{**read_section(args.llep).model_dump(), "enabled": True})
+    if config.weight_source == "shards" and args.zero_stage < 3:
+        raise ValueError(
+            '--llep: "weight_source": "shards" needs the shards of ZeRO-3, and --zero-stage is '
+            f"{args.zero_stage}; valid there are auto and owner"
+        )
     others = [name for name in args.workloads.split(",") if name != "balanced"]
     return ModelSettings(
         shape=shape,
