@@ -64,9 +64,17 @@ def sort_copies(selected_TK: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(places).scatter_(0, order, places).view(selected_TK.shape)
 
 
+class Addresses(NamedTuple):
+    """What ``address_copies`` finds, before parcels have places; on the device."""
+
+    own_TK: torch.Tensor
+    sent_TK: torch.Tensor
+    target_TK: torch.Tensor
+    parcels: torch.Tensor
+
+
 def make_route(
-    selected_TK: torch.Tensor,
-    position_TK: torch.Tensor,
+    addresses: Addresses,
     reached_PP: np.ndarray,
     plan: Plan,
     rank: int,
@@ -76,27 +84,17 @@ def make_route(
     """Turn the plan into this rank's splits and maps.
 
     Args:
-        selected_TK: expert ids ``[T, K]`` in ``[0, E)``.
-        position_TK: from :func:`sort_copies`.
+        addresses: of this rank's copies under the plan; used up.
         reached_PP: how many of a rank's tokens (first index) have an expert at home on a rank.
         plan: the EP group's plan.
         rank: this rank in the EP group.
         group: the EP group.
         kernels: launchers that make the maps and move the rows.
     """
-    send_splits, recv_splits = _splits(plan, reached_PP, rank, selected_TK.shape[1])
-    first_P = np.cumsum(send_splits) - send_splits
-    before_E, own_E = plan.counts_PE[:rank].sum(axis=0), plan.counts_PE[rank]
-    fields = plan.tokens_EP.ravel(), before_E, own_E, first_P
-    sizes = [field.size for field in fields]
-    on_device = torch.from_numpy(np.concatenate(fields).astype(np.int32)).to(
-        selected_TK.device, non_blocking=True
-    )
-    tokens, *rest = on_device.split(sizes)
-    maps = kernels.address_copies(
-        selected_TK, position_TK, tokens.view(plan.tokens_EP.shape), *rest, rank
-    )
-
+    own_TK, sent_TK, target_TK, parcels = addresses
+    send_splits, recv_splits = _splits(plan, reached_PP, rank, own_TK.shape[1])
+    first_P = torch.from_numpy((np.cumsum(send_splits) - send_splits).astype(np.int32))
+    kernels.place_parcels(sent_TK, parcels, first_P.to(own_TK.device, non_blocking=True))
     rows_per_slot = plan.tokens_EP[list(plan.slots(rank)), rank].tolist()
     route = Route(
         send_splits=send_splits.tolist(),
@@ -107,7 +105,7 @@ def make_route(
         group=group,
         kernels=kernels,
     )
-    return route, RouteMaps(*maps)
+    return route, RouteMaps(own_TK, sent_TK, target_TK)
 
 
 def _splits(

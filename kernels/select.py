@@ -22,22 +22,28 @@ class KernelSet(NamedTuple):
     """`"triton"` or `"torch"`."""
     count_copies: Callable
     address_copies: Callable
+    place_parcels: Callable
     label_parcels: Callable
     scatter_rows: Callable
     sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
+    plan_lla: Callable | None
+    """The planner "lla" on the device (`planner.py`); None: the host plans."""
 
 
 def _torch_kernels() -> KernelSet:
-    return KernelSet("torch", **{name: getattr(reference, name) for name in KernelSet._fields[1:]})
+    names = KernelSet._fields[1:-1]
+    return KernelSet("torch", *(getattr(reference, name) for name in names), plan_lla=None)
 
 
 def _triton_kernels() -> KernelSet:
-    from . import counts, routes, rows, swiglu
+    from . import counts, planner, routes, rows, swiglu
 
-    found = {**vars(counts), **vars(routes), **vars(rows), **vars(swiglu)}
-    return KernelSet("triton", **{name: found[name] for name in KernelSet._fields[1:]})
+    found = {}
+    for module in (counts, planner, routes, rows, swiglu):
+        found |= vars(module)
+    return KernelSet("triton", *(found[name] for name in KernelSet._fields[1:]))
 
 
 def _compiled() -> bool:
