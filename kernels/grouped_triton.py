@@ -25,7 +25,6 @@ from .grouped_triton_rows import (
     row_tiles,
 )
 from .grouped_triton_wgrad import _wgrad_kernel, add_parts, schedule
-from .swiglu import swiglu_forward
 
 _ALIGNMENT_BYTES = 16
 _INTERPRETED_PROGRAMS = 3
@@ -61,12 +60,12 @@ CANDIDATES = (
 """Tilings worth measuring on Hopper."""
 
 
-def choose_config(op: str, counts: Sequence[int], capability: tuple[int, int]) -> Tiling:
-    """The tiling for one product.
+def choose_config(op: str, width: int, capability: tuple[int, int]) -> Tiling:
+    """The tiling for one product; not a function of row counts, as each is compiled anew.
 
     Args:
         op: "gate_up", "product", "dgrad" or "wgrad".
-        counts: rows of each group.
+        width: of the result, in columns; for "gate_up" of one of the two.
         capability: of the GPU.
     """
     if capability < (9, 0):
@@ -110,7 +109,7 @@ def gate_up(
     Returns:
         (gate, up) or (gate, up, h), each [N, F].
     """
-    assert supported(rows_ND, w1_GFD, w3_GFD) and scale_N is None or swiglu
+    assert supported(rows_ND, w1_GFD, w3_GFD) and (swiglu or scale_N is None)
     (N, D), F = rows_ND.shape, w1_GFD.shape[1]
     gate_NF, up_NF = (rows_ND.new_empty((N, F)) for _ in range(2))
     h_NF = rows_ND.new_empty((N, F)) if swiglu else None
@@ -118,7 +117,7 @@ def gate_up(
     if N == 0:
         return outputs
     assert can_pair(w1_GFD, w3_GFD)
-    tiling = tiling or choose_config("gate_up", counts, _capability(rows_ND))
+    tiling = tiling or choose_config("gate_up", F, _capability(rows_ND))
     columns = tiling.block_n // 2
     block = (tiling.block_m, columns)
     tiles = row_tiles(counts, tiling.block_m, rows_ND.device)
@@ -146,7 +145,9 @@ def product(
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
     """What `grouped_gemm` computes, with the same arguments."""
-    tiling = tiling or choose_config("product", counts, _capability(rows_ND))
+    tiling = tiling or choose_config(
+        "product", weights_GFD.shape[1 if transpose else 2], _capability(rows_ND)
+    )
     return _product([rows_ND], [weights_GFD], counts, transpose, tiling)
 
 
@@ -170,7 +171,7 @@ def dgrad(
     Returns:
         [N, D].
     """
-    tiling = tiling or choose_config("dgrad", counts, _capability(grad_gate_NF))
+    tiling = tiling or choose_config("dgrad", w1_GFD.shape[2], _capability(grad_gate_NF))
     return _product([grad_gate_NF, grad_up_NF], [w1_GFD, w3_GFD], counts, False, tiling)
 
 
@@ -222,7 +223,7 @@ def wgrad(
     assert supported(grad_NF, rows_ND, out) and out.shape == (len(counts), F, D)
     if len(rows_ND) == 0:
         return out.zero_()
-    tiling = tiling or choose_config("wgrad", counts, _capability(rows_ND))
+    tiling = tiling or choose_config("wgrad", D, _capability(rows_ND))
     block_m, block_n, block_k = tiling[:3]
     device, programs = rows_ND.device, _programs(rows_ND) * tiling.per_multiprocessor
     row_tiles_, column_tiles = triton.cdiv(F, block_m), triton.cdiv(D, block_n)

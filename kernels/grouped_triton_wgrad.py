@@ -176,10 +176,10 @@ def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> 
     long = max(sum(steps_G) * tiles // (programs * _TILES_PER_PROGRAM), 2 * _PART_OVERHEAD)
     whole, cut = [], []
     for group in sorted(range(len(counts)), key=lambda group: -counts[group]):
-        rest = tiles % programs if steps_G[group] > long else 0
-        parts = _best_parts(rest, steps_G[group], programs)
-        if parts == 1:
-            rest = 0
+        rest, parts = 0, 1
+        if steps_G[group] > long:
+            parts = _best_parts(tiles % programs, steps_G[group], programs)
+            rest = tiles % programs if parts > 1 else 0
         whole.append((group, 0, tiles - rest, 1))
         cut.append((group, tiles - rest, rest, parts))
 
