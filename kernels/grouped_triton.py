@@ -43,18 +43,26 @@ class Tiling(NamedTuple):
     band: int = 8
     flatten: bool = True
     """Whether operands of the next tile are fetched while a tile is stored."""
+    halves: bool = True
+    """Whether a tile is stored in two halves, for the memory of another stage; `gate_up` always."""
     per_multiprocessor: int = 1
     """Programs that share a multiprocessor: one computes while the other stores."""
+
+    @property
+    def stored_columns(self) -> int:
+        """Columns that are stored at once."""
+        return self.block_n // 2 if self.halves else self.block_n
 
 
 CANDIDATES = (
     Tiling(128, 256, 64, 8, 4),
     Tiling(128, 256, 64, 8, 4, flatten=False),
-    Tiling(128, 256, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 3, halves=False),
     Tiling(128, 256, 64, 8, 4, band=16),
     Tiling(256, 128, 64, 8, 4),
-    Tiling(128, 128, 64, 8, 5),
+    Tiling(128, 128, 64, 8, 5, halves=False),
     Tiling(128, 128, 64, 4, 3, flatten=False, per_multiprocessor=2),
+    Tiling(128, 128, 64, 4, 3, per_multiprocessor=2),
     Tiling(64, 256, 64, 4, 4),
 )
 """Tilings worth measuring on Hopper."""
@@ -189,10 +197,11 @@ def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.T
     column_tiles = triton.cdiv(columns, tiling.block_n)
     _product_kernel[_grid(len(tiles) * column_tiles, tiling, out)](
         *(lefts[0], lefts[-1], rights[0], rights[-1]),
-        *(clipped(out, (tiling.block_m, tiling.block_n // 2)), tiles),
+        *(clipped(out, (tiling.block_m, tiling.stored_columns)), tiles),
         *(len(tiles), column_tiles, triton.cdiv(K, tiling.block_k)),
         TRANSPOSE=transpose,
         SUM_OF_TWO=len(rows) == 2,
+        HALVES=tiling.halves,
         **_meta(tiling),
     )
     return out
@@ -232,9 +241,10 @@ def wgrad(
     operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
     if whole.num_items:
         _wgrad_kernel[_grid(whole.num_items, tiling, rows_ND)](
-            *(*operands, plain(out, (1, block_m, block_n // 2))),
+            *(*operands, plain(out, (1, block_m, tiling.stored_columns))),
             *(*whole.tables(device), whole.num_items, *grid),
             PARTS=False,
+            HALVES=tiling.halves,
             **_meta(tiling),
         )
     if cut.num_items:
@@ -243,6 +253,7 @@ def wgrad(
         _wgrad_kernel[_grid(cut.num_items, tiling, rows_ND)](
             *(*operands, plain(parts, (1, block_m, block_n // 4)), *tables, cut.num_items, *grid),
             PARTS=True,
+            HALVES=tiling.halves,
             **_meta(tiling),
         )
         add_parts(parts, out, cut, tables, grid, tiling.band)

@@ -63,6 +63,7 @@ def _product_kernel(
     steps,
     TRANSPOSE: tl.constexpr,
     SUM_OF_TWO: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -94,10 +95,12 @@ def _product_kernel(
             else:
                 b = right.load([group, k, column]).reshape([BLOCK_K, BLOCK_N])
             total = tl.dot(a, b, total)
-        # In halves: what passes through shared memory leaves room for another stage of operands.
-        first, second = total.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
-        _store_clipped(out, first, row, stop, column, BLOCK_M, half)
-        _store_clipped(out, second, row, stop, column + half, BLOCK_M, half)
+        if HALVES:  # what passes through shared memory leaves room for another stage of operands
+            first, second = total.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
+            _store_clipped(out, first, row, stop, column, BLOCK_M, half)
+            _store_clipped(out, second, row, stop, column + half, BLOCK_M, half)
+        else:
+            _store_clipped(out, total, row, stop, column, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps", "swapped"])

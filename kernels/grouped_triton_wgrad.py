@@ -54,6 +54,7 @@ def _wgrad_kernel(
     num_row_tiles,
     num_column_tiles,
     PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -95,10 +96,12 @@ def _wgrad_kernel(
             total = tl.dot(a, b, total)
         if PARTS:
             _store_quarters(out, total, item, BLOCK_M, BLOCK_N)
-        else:
+        elif HALVES:
             left, right = total.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
             out.store([group, f, d], left.to(out.dtype).reshape([1, BLOCK_M, half]))
             out.store([group, f, d + half], right.to(out.dtype).reshape([1, BLOCK_M, half]))
+        else:
+            out.store([group, f, d], total.to(out.dtype).reshape([1, BLOCK_M, BLOCK_N]))
 
 
 @triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles"])
