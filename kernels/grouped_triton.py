@@ -27,7 +27,7 @@ from .grouped_triton_rows import (
 from .grouped_triton_wgrad import _wgrad_kernel, add_parts, schedule
 
 _ALIGNMENT_BYTES = 16
-_INTERPRETED_PROGRAMS = 3
+_INTERPRETED_PROGRAMS = 7
 
 
 class Tiling(NamedTuple):
