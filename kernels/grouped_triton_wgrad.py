@@ -2,7 +2,7 @@
 
 Tiles of one group take equally long, and those of a large group long: with one group that has all
 rows, 276 tiles on 132 multiprocessors take as long as 396 would. So groups are worked on from large
-to small, and the tiles of a large group that do not fill a round of all multiprocessors are cut
+to small, and the tiles of large groups that do not fill a round of all multiprocessors are cut
 along the rows, as Stream-K does (arXiv 2301.03598). Each part is summed in fp32 to memory of its
 own, and a second kernel adds the parts, always in the same order: the same bits on every run. The
 price is that memory and the time to read it back; small groups are never cut.
@@ -26,6 +26,7 @@ from .grouped_triton_rows import _tile_at
 _PART_OVERHEAD = 8
 _MOST_PARTS = 16
 _TILES_PER_PROGRAM = 16
+_ALIKE = 0.9
 _HEIGHT = 16
 
 
@@ -177,14 +178,22 @@ def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> 
     steps_G = [max(-(-count // block_k), 1) for count in counts]
     # A tile is long if one more on a program shows in the time of the whole.
     long = max(sum(steps_G) * tiles // (programs * _TILES_PER_PROGRAM), 2 * _PART_OVERHEAD)
+    order = sorted(range(len(counts)), key=lambda group: -counts[group])
     whole, cut = [], []
-    for group in sorted(range(len(counts)), key=lambda group: -counts[group]):
-        rest, parts = 0, 1
-        if steps_G[group] > long:
-            parts = _best_parts(tiles % programs, steps_G[group], programs)
-            rest = tiles % programs if parts > 1 else 0
-        whole.append((group, 0, tiles - rest, 1))
-        cut.append((group, tiles - rest, rest, parts))
+    while order and steps_G[order[0]] > long:
+        # Groups of about one size fill rounds of all programs together.
+        alike = [group for group in order if steps_G[group] >= _ALIKE * steps_G[order[0]]]
+        order = order[len(alike) :]
+        rest = len(alike) * tiles % programs
+        parts = _best_parts(rest, steps_G[alike[0]], programs)
+        left_over = rest if parts > 1 else 0
+        for group in reversed(alike):
+            num_cut = min(left_over, tiles)
+            left_over -= num_cut
+            cut.append((group, tiles - num_cut, num_cut, parts))
+            whole.append((group, 0, tiles - num_cut, 1))
+    whole.sort(key=lambda item: -counts[item[0]])
+    whole += [(group, 0, tiles, 1) for group in order]
 
     def work(chosen: list[tuple[int, int, int, int]]) -> Work:
         segments, item = [], 0

@@ -212,8 +212,14 @@ def test_schedule_covers_all_rows_of_all_tiles(draw):
 
 @pytest.mark.parametrize(
     "counts, tiles, programs",
-    [([20000], 23, 11), ([9000, 8000, 100], 23, 11), ([500] * 30, 23, 11), ([1000, 64] * 20, 1, 2)],
-    ids=["one", "two", "equal", "in turns"],
+    [
+        ([20000], 23, 11),
+        ([9000, 4000, 100], 23, 11),
+        ([9000, 100, 8900, 8800], 5, 11),
+        ([500] * 30, 23, 11),
+        ([1000, 64] * 20, 1, 2),
+    ],
+    ids=["one", "two", "alike", "equal", "in turns"],
 )
 def test_schedule_keeps_all_programs_busy(counts, tiles, programs):
     load = loads(counts, tiles, programs)
