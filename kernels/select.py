@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import grouped_gemm, reference
 
 CHOICES = ("auto", "triton", "torch")
 
@@ -28,20 +28,40 @@ class KernelSet(NamedTuple):
     sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
+    gate_up_swiglu: Callable
+    product: Callable
+    """`grouped_gemm.grouped_gemm`, like the next two documented there."""
+    gradient_of_rows: Callable
+    gradient_of_weights: Callable
+    """`grouped_gemm.grouped_gemm_weight_gradient`."""
     plan_lla: Callable | None
     """The planner "lla" on the device (`planner.py`); None: the host plans."""
 
 
 def _torch_kernels() -> KernelSet:
-    names = KernelSet._fields[1:-1]
-    return KernelSet("torch", *(getattr(reference, name) for name in names), plan_lla=None)
+    return KernelSet(
+        "torch",
+        count_copies=reference.count_copies,
+        address_copies=reference.address_copies,
+        place_parcels=reference.place_parcels,
+        label_parcels=reference.label_parcels,
+        scatter_rows=reference.scatter_rows,
+        sum_rows=reference.sum_rows,
+        swiglu_forward=reference.swiglu_forward,
+        swiglu_backward=reference.swiglu_backward,
+        gate_up_swiglu=reference.gate_up_swiglu,
+        product=grouped_gemm.grouped_gemm,
+        gradient_of_rows=grouped_gemm.gradient_of_rows,
+        gradient_of_weights=grouped_gemm.grouped_gemm_weight_gradient,
+        plan_lla=None,
+    )
 
 
 def _triton_kernels() -> KernelSet:
-    from . import counts, planner, routes, rows, swiglu
+    from . import counts, planner, products, routes, rows, swiglu
 
     found = {}
-    for module in (counts, planner, routes, rows, swiglu):
+    for module in (counts, planner, products, routes, rows, swiglu):
         found |= vars(module)
     return KernelSet("triton", *(found[name] for name in KernelSet._fields[1:]))
 

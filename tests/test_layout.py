@@ -64,7 +64,7 @@ ROOMS = {
         {"torch", "transformers", "triton", "deepspeed"},
     ),
 }
-KERNEL_OUTSIDE = {"torch", "triton"}
+KERNEL_OUTSIDE = {"numpy", "torch", "triton"}
 
 
 def sources(folder: str) -> list[Path]:
