@@ -85,7 +85,11 @@ class LLEPMoELayer(AutoEPMoELayer):
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
         scores_TK, plans, route, maps = self._route_and_plan(x_TD, weights)
+        backward = DispatchBackward(route)
+        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
+        # What else the host has to do with the plan, it does while the tokens are on their way.
         plan = plans[exchange.table.group_index]
+        context.statistics.record(context.index, plan, self.training, x_TD.dtype)
         foreign = ForeignWeights(
             exchange,
             context.index,
@@ -95,8 +99,6 @@ class LLEPMoELayer(AutoEPMoELayer):
             size=context.workspace_size,
             count=partial(context.statistics.count_fetched, context.index, self.training),
         )
-        backward = DispatchBackward(route)
-        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
         job = ExpertJob(
             plan=plan,
             rows_per_slot=route.rows_per_slot,
@@ -162,7 +164,6 @@ class LLEPMoELayer(AutoEPMoELayer):
             else:
                 counts_by_group = exchange.by_group(counts.tokens_RE)
                 plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
-        context.statistics.record(context.index, plans[own], self.training, x_TD.dtype)
         with part("route"):
             if not planned:
                 counts_PE = exchange.by_group(counting.tokens_RE)[own]

@@ -9,6 +9,7 @@ rank of expert e is `e // M`; a helper is a rank that computes some of e's token
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,20 +39,40 @@ class Plan:
     """int64 [P, E]: row p is rank p's own tokens per expert, before dispatch."""
     tokens_EP: np.ndarray
     """int64 [E, P]: tokens of expert e computed on rank p."""
-    spills: tuple[Spill, ...]
-    """One entry per (expert, helper) that computes tokens, ordered by expert, then helper."""
-    rank_load_P: np.ndarray
-    """int64 [P]: tokens computed on rank p."""
     bypassed: bool
     """True where nothing was planned, as the load ratio is under the threshold (or no tokens)."""
     capped_tokens: int = 0
     """Tokens above capacity, at home only because `max_foreign_experts` left no rank to help."""
 
     def __post_init__(self):
-        for name in ("counts_PE", "tokens_EP", "rank_load_P"):
-            array = np.array(getattr(self, name), dtype=np.int64)
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
+        for name in ("counts_PE", "tokens_EP"):
+            object.__setattr__(
+                self, name, _read_only(np.array(getattr(self, name), dtype=np.int64))
+            )
+
+    @cached_property
+    def spills(self) -> tuple[Spill, ...]:
+        """One entry per (expert, helper) that computes tokens, ordered by expert, then helper."""
+        away_XP = self.tokens_EP[self.spilled_experts]
+        home_X = self.spilled_experts // self.experts_per_rank
+        away_XP[np.arange(len(away_XP)), home_X] = 0
+        index, helper = np.nonzero(away_XP)
+        columns = self.spilled_experts[index], home_X[index], helper, away_XP[index, helper]
+        return tuple(map(Spill, *(column.tolist() for column in columns)))
+
+    @cached_property
+    def spilled_experts(self) -> np.ndarray:
+        """Ids of the experts that are not computed at home alone, ascending; int64."""
+        if self.bypassed:
+            return np.empty(0, dtype=np.int64)
+        home_E = np.arange(self.num_experts) // self.experts_per_rank
+        at_home_E = self.tokens_EP[np.arange(self.num_experts), home_E]
+        return np.flatnonzero(self.tokens_EP.sum(1) != at_home_E)
+
+    @cached_property
+    def rank_load_P(self) -> np.ndarray:
+        """int64 [P]: tokens computed on rank p."""
+        return _read_only(self.tokens_EP.sum(0))
 
     @property
     def num_ranks(self) -> int:
@@ -91,7 +112,8 @@ class Plan:
 
     def foreign_experts(self, rank: int) -> tuple[int, ...]:
         """Ids of the experts that `rank` computes as a helper, ascending."""
-        return tuple(spill.expert for spill in self.borrowed_experts(rank))
+        foreign = np.flatnonzero(self.tokens_EP[:, rank])
+        return tuple(foreign[foreign // self.experts_per_rank != rank].tolist())
 
     def slots(self, rank: int) -> tuple[int, ...]:
         """Expert ids that `rank` computes, in order: home (even without tokens), then foreign."""
@@ -103,7 +125,8 @@ class Plan:
         assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
         send_EP = _all_at_home(self.counts_PE[source], self.num_ranks)
         # Few experts spill; all tokens of the others go home.
-        if spilled := list({spill.expert for spill in self.spills}):
+        spilled = self.spilled_experts
+        if len(spilled):
             before = self.counts_PE[:source, spilled].sum(0)
             first, last = before[:, None], (before + self.counts_PE[source][spilled])[:, None]
             send_EP[spilled] = _overlap(self.tokens_EP[spilled], first, last, axis=1)
@@ -119,7 +142,8 @@ class Plan:
         at_home = slice(rank * M, (rank + 1) * M)
         recv_PE = np.zeros_like(self.counts_PE)
         recv_PE[:, at_home] = self.counts_PE[:, at_home]
-        if shared := list({s.expert for s in self.spills if rank in (s.home, s.helper)}):
+        shared = self.spilled_experts
+        if len(shared):
             first = self.tokens_EP[shared, :rank].sum(1)
             last = first + self.tokens_EP[:, rank][shared]
             recv_PE[:, shared] = _overlap(self.counts_PE[:, shared], first, last, axis=0)
@@ -148,17 +172,13 @@ def make_plan(counts_PE, config) -> Plan:
     home_load = load_E.reshape(P, -1).sum(1).tolist()
 
     bypassed = _bypasses(home_load, config)
-    moved, rank_load, capped_tokens = {}, home_load, 0
+    tokens_EP, capped_tokens = _all_at_home(load_E, P), 0
     if not bypassed:
-        moved, rank_load, capped_tokens = PLANNERS[config.planner](load_E, home_load, config)
-
-    M = E // P
-    spills = tuple(Spill(e, e // M, helper, n) for (e, helper), n in sorted(moved.items()))
-    tokens_EP = _all_at_home(load_E, P)
-    for spill in spills:
-        tokens_EP[spill.expert, spill.home] -= spill.tokens
-        tokens_EP[spill.expert, spill.helper] = spill.tokens
-    return Plan(counts_PE, tokens_EP, spills, rank_load, bypassed, capped_tokens)
+        moved, capped_tokens = PLANNERS[config.planner](load_E, home_load, config)
+        for (expert, helper), tokens in moved.items():
+            tokens_EP[expert, expert * P // E] -= tokens
+            tokens_EP[expert, helper] = tokens
+    return Plan(counts_PE, tokens_EP, bypassed, capped_tokens)
 
 
 def plan_from_tokens(counts_PE, tokens_EP, capped_tokens: int, config) -> Plan:
@@ -169,20 +189,8 @@ def plan_from_tokens(counts_PE, tokens_EP, capped_tokens: int, config) -> Plan:
         tokens_EP: int64 array [E, P], its `Plan.tokens_EP`.
         capped_tokens: its `Plan.capped_tokens`.
     """
-    P, E = counts_PE.shape
-    M = E // P
-    home_load = counts_PE.sum(0).reshape(P, -1).sum(1).tolist()
-    bypassed = _bypasses(home_load, config)
-    spills = ()
-    if not bypassed:
-        away_EP = tokens_EP.copy()
-        away_EP[np.arange(E), np.arange(E) // M] = 0
-        expert, helper = (index.tolist() for index in np.nonzero(away_EP))
-        tokens = away_EP[expert, helper].tolist()
-        spills = tuple(
-            Spill(e, e // M, p, n) for e, p, n in zip(expert, helper, tokens, strict=True)
-        )
-    return Plan(counts_PE, tokens_EP, spills, tokens_EP.sum(0), bypassed, capped_tokens)
+    home_load = counts_PE.sum(0).reshape(len(counts_PE), -1).sum(1).tolist()
+    return Plan(counts_PE, tokens_EP, _bypasses(home_load, config), int(capped_tokens))
 
 
 def _bypasses(home_load_P: list[int], config) -> bool:
@@ -205,6 +213,11 @@ def _checked_counts(counts_PE) -> np.ndarray:
     if E % P:
         raise ValueError(f"make_plan: {E} experts on {P} ranks; valid is E a multiple of P")
     return counts_PE
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
 
 
 def _load_ratio(load_P: list[int]) -> float:

@@ -20,8 +20,7 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
     >= 1 no rank ends above the largest home load.
 
     Returns:
-        `({(expert, helper): tokens}, rank_load_P, capped_tokens)`: what leaves home, one entry per
-        segment, and the load of each rank then.
+        `({(expert, helper): tokens}, capped_tokens)`: what leaves home, one entry per segment.
     """
     P, E = len(home_load_P), len(load_E)
     M, total = E // P, sum(home_load_P)
@@ -86,7 +85,7 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
             heappush(helpers, entry_P[home])
         if max(effective_P) <= capacity:
             break
-    return moved, effective_P, sum(capped_P)
+    return moved, sum(capped_P)
 
 
 PLANNERS = {"lla": plan_lla}

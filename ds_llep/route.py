@@ -116,18 +116,17 @@ def _splits(
     Every rank finds the same number for each pair.
     """
     sent_P, received_P = reached_PP[rank].copy(), reached_PP[:, rank].copy()
-    if plan.spills:
-        # Only spilled experts' copies can be elsewhere than at home, so only they can add parcels.
-        tokens_P = plan.counts_PE.sum(axis=1) // top_k
+    spilled = plan.spilled_experts
+    if len(spilled):  # only these have copies elsewhere than at home
         send_EP, recv_PE = plan.send_EP(rank), plan.recv_PE(rank)
-        home_E = np.arange(plan.num_experts) // plan.experts_per_rank
-        foreign_EP = send_EP * (home_E[:, None] != np.arange(plan.num_ranks))
-        foreign_PE = recv_PE * (home_E != rank)
-        sent_P = _least(send_EP.sum(0), tokens_P[rank], sent_P + foreign_EP.sum(0))
-        received_P = _least(recv_PE.sum(1), tokens_P, received_P + foreign_PE.sum(1))
+        home = spilled // plan.experts_per_rank
+        away_XP = send_EP[spilled]
+        away_XP[np.arange(len(spilled)), home] = 0
+        foreign_P = recv_PE[:, spilled[home != rank]].sum(axis=1)
+        tokens_P = plan.counts_PE.sum(axis=1) // top_k
+        sent_P = np.minimum(sent_P + away_XP.sum(axis=0), tokens_P[rank])
+        received_P = np.minimum(received_P + foreign_P, tokens_P)
+        sent_P = np.minimum(sent_P, send_EP.sum(axis=0))
+        received_P = np.minimum(received_P, recv_PE.sum(axis=1))
     sent_P[rank] = received_P[rank] = 0
     return sent_P, received_P
-
-
-def _least(*bounds: np.ndarray) -> np.ndarray:
-    return np.minimum.reduce(np.broadcast_arrays(*bounds))
