@@ -25,15 +25,11 @@ class Activation:
     limit: float
     kernels: KernelSet
 
-    @property
-    def is_swiglu(self) -> bool:
-        return self.name == "swiglu"
-
     def forward(
         self, gate_NF: torch.Tensor, up_NF: torch.Tensor, weight_N: torch.Tensor | None
     ) -> torch.Tensor:
         """``[N, F]`` from two ``[N, F]`` and, unless all weights are one, ``[N]``."""
-        if self.is_swiglu:
+        if self.name == "swiglu":
             return self.kernels.swiglu_forward(gate_NF, up_NF, weight_N)
         act_NF = get_expert_activation(self.name).fn(gate_NF, up_NF, self.alpha, self.limit)
         if weight_N is None:
@@ -52,7 +48,7 @@ class Activation:
 
         It may take the memory of ``grad_NF``, which must be contiguous and the caller's alone.
         """
-        if self.is_swiglu:
+        if self.name == "swiglu":
             return self.kernels.swiglu_backward(grad_NF, gate_NF, up_NF, weight_N, into_dh=True)
         inputs = [gate_NF, up_NF] if weight_N is None else [gate_NF, up_NF, weight_N]
         with torch.enable_grad():

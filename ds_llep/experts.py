@@ -209,11 +209,8 @@ def _mlp_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``w2(act(w1 x, w3 x) * score)`` for each group of rows: output, gate and up."""
     (w1, w2, w3), kernels = weights, activation.kernels
-    if activation.is_swiglu:
-        gate_NF, up_NF, act_NF = kernels.gate_up_swiglu(rows_ND, w1, w3, counts, scores_N)
-    else:
-        gate_NF, up_NF = (kernels.product(rows_ND, weight, counts) for weight in (w1, w3))
-        act_NF = activation.forward(gate_NF, up_NF, scores_N)
+    gate_NF, up_NF = kernels.gate_up(rows_ND, w1, w3, counts)
+    act_NF = activation.forward(gate_NF, up_NF, scores_N)
     return kernels.product(act_NF, w2, counts), gate_NF, up_NF
 
 

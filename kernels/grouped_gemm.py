@@ -45,6 +45,13 @@ def grouped_gemm(
     return out
 
 
+def gate_up(
+    rows_ND: torch.Tensor, w1_GFD: torch.Tensor, w3_GFD: torch.Tensor, counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`grouped_gemm` with two sets of matrices: gate and up, each [N, F]."""
+    return grouped_gemm(rows_ND, w1_GFD, counts), grouped_gemm(rows_ND, w3_GFD, counts)
+
+
 def add_grouped_gemm(
     out_ND: torch.Tensor, rows_NF: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int]
 ) -> None:

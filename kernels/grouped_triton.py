@@ -1,10 +1,10 @@
 """Grouped products of an MoE layer's experts, fused where PyTorch's grouped product is not.
 
-Gate and up are one product, which reads the rows once, with SwiGLU where it ends; the gradient of
-the rows is the sum of two products, rounded once; the weight gradient is written where it belongs
-and takes no longer for one large group than for many small ones. The trade-off against
-`grouped_gemm.py`: bf16 and fp16 only, rows and matrices aligned to 16 bytes (`supported`), and
-tiles that are fixed for each kind of GPU instead of a library's choice.
+Gate and up are one product, which reads the rows once; the gradient of the rows is the sum of two
+products, rounded once; the weight gradient is written where it belongs and takes no longer for one
+large group than for many small ones. The trade-off against `grouped_gemm.py`: Hopper, bf16 and fp16
+only, rows and matrices aligned to 16 bytes (`supported`), and one tiling instead of a library's
+choice.
 
 Shape letters: G groups, N rows, D hidden size, F expert FFN size.
 """
@@ -40,45 +40,13 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
     """Steps whose operands are under way or in use."""
-    band: int = 8
-    flatten: bool = True
-    """Whether operands of the next tile are fetched while a tile is stored."""
-    halves: bool = True
-    """Whether a tile is stored in two halves, for the memory of another stage; `gate_up` always."""
-    per_multiprocessor: int = 1
-    """Programs that share a multiprocessor: one computes while the other stores."""
-
-    @property
-    def stored_columns(self) -> int:
-        """Columns that are stored at once."""
-        return self.block_n // 2 if self.halves else self.block_n
+    band: int
+    """Rows of tiles that are worked on together."""
 
 
-CANDIDATES = (
-    Tiling(128, 256, 64, 8, 4),
-    Tiling(128, 256, 64, 8, 4, flatten=False),
-    Tiling(128, 256, 64, 8, 3, halves=False),
-    Tiling(128, 256, 64, 8, 4, band=16),
-    Tiling(256, 128, 64, 8, 4),
-    Tiling(128, 128, 64, 8, 5, halves=False),
-    Tiling(128, 128, 64, 4, 3, flatten=False, per_multiprocessor=2),
-    Tiling(128, 128, 64, 4, 3, per_multiprocessor=2),
-    Tiling(64, 256, 64, 4, 4),
-)
-"""Tilings worth measuring on Hopper."""
-
-
-def choose_config(op: str, width: int, capability: tuple[int, int]) -> Tiling:
-    """The tiling for one product; not a function of row counts, as each is compiled anew.
-
-    Args:
-        op: "gate_up", "product", "dgrad" or "wgrad".
-        width: of the result, in columns; for "gate_up" of one of the two.
-        capability: of the GPU.
-    """
-    if capability < (9, 0):
-        return Tiling(128, 128, 32, 8, 3, flatten=False)
-    return Tiling(128, 256, 64, 8, 4)
+HOPPER = Tiling(128, 256, 64, warps=8, stages=4, band=8)
+"""The best of those measured for nearly every shape and product (docs/performance.md); never one of
+several by row counts, as each would be compiled in the middle of training."""
 
 
 def supported(*operands: torch.Tensor) -> bool:
@@ -98,50 +66,36 @@ def gate_up(
     w1_GFD: torch.Tensor,
     w3_GFD: torch.Tensor,
     counts: Sequence[int],
-    *,
-    swiglu: bool = False,
-    scale_N: torch.Tensor | None = None,
-    tiling: Tiling | None = None,
-) -> tuple[torch.Tensor, ...]:
+    tiling: Tiling = HOPPER,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each group's rows times the transposes of its two matrices.
 
     Args:
         rows_ND: [N, D], group after group.
-        w1_GFD, w3_GFD: [G, F, D], one layout; the group stride may be anything.
+        w1_GFD, w3_GFD: [G, F, D], one layout (`can_pair`); the group stride may be anything.
         counts: rows of each group; their sum is N.
-        swiglu: also return `silu(gate) * up`, from the rounded gate and up, computed in fp32 and
-            rounded once.
-        scale_N: [N] fp32, a factor for each row of that.
-        tiling: instead of `choose_config`'s.
+        tiling: how it is cut.
 
     Returns:
-        (gate, up) or (gate, up, h), each [N, F].
+        gate and up, each [N, F].
     """
-    assert supported(rows_ND, w1_GFD, w3_GFD) and (swiglu or scale_N is None)
+    assert supported(rows_ND, w1_GFD, w3_GFD) and can_pair(w1_GFD, w3_GFD)
     (N, D), F = rows_ND.shape, w1_GFD.shape[1]
-    gate_NF, up_NF = (rows_ND.new_empty((N, F)) for _ in range(2))
-    h_NF = rows_ND.new_empty((N, F)) if swiglu else None
-    outputs = (gate_NF, up_NF) + ((h_NF,) if swiglu else ())
+    results = [rows_ND.new_empty((N, F)) for _ in range(2)]
     if N == 0:
-        return outputs
-    assert can_pair(w1_GFD, w3_GFD)
-    tiling = tiling or choose_config("gate_up", F, _capability(rows_ND))
+        return tuple(results)
     columns = tiling.block_n // 2
-    block = (tiling.block_m, columns)
     tiles = row_tiles(counts, tiling.block_m, rows_ND.device)
     matrices, swapped = pair(w1_GFD, w3_GFD, (1, columns, tiling.block_k))
-    results = [clipped(x, block) for x in (gate_NF, up_NF)]
-    first, second = reversed(results) if swapped else results
+    targets = [clipped(x, (tiling.block_m, columns)) for x in results]
     column_tiles = triton.cdiv(F, columns)
-    _gate_up_kernel[_grid(len(tiles) * column_tiles, tiling, rows_ND)](
+    _gate_up_kernel[_grid(len(tiles) * column_tiles, rows_ND)](
         plain(rows_ND, (tiling.block_m, tiling.block_k)),
-        *(matrices, first, second, clipped(h_NF, block) if swiglu else None, scale_N, tiles),
-        *(len(tiles), column_tiles, triton.cdiv(D, tiling.block_k), int(swapped)),
-        HAS_H=swiglu,
-        HAS_SCALE=scale_N is not None,
+        *(matrices, *(reversed(targets) if swapped else targets), tiles),
+        *(len(tiles), column_tiles, triton.cdiv(D, tiling.block_k)),
         **_meta(tiling, BLOCK_N=columns),
     )
-    return outputs
+    return tuple(results)
 
 
 def product(
@@ -149,13 +103,9 @@ def product(
     weights_GFD: torch.Tensor,
     counts: Sequence[int],
     transpose: bool = True,
-    *,
-    tiling: Tiling | None = None,
+    tiling: Tiling = HOPPER,
 ) -> torch.Tensor:
     """What `grouped_gemm` computes, with the same arguments."""
-    tiling = tiling or choose_config(
-        "product", weights_GFD.shape[1 if transpose else 2], _capability(rows_ND)
-    )
     return _product([rows_ND], [weights_GFD], counts, transpose, tiling)
 
 
@@ -165,8 +115,7 @@ def dgrad(
     grad_up_NF: torch.Tensor,
     w3_GFD: torch.Tensor,
     counts: Sequence[int],
-    *,
-    tiling: Tiling | None = None,
+    tiling: Tiling = HOPPER,
 ) -> torch.Tensor:
     """`grad_gate @ w1 + grad_up @ w3` for each group, summed in fp32 and rounded once.
 
@@ -174,12 +123,11 @@ def dgrad(
         grad_gate_NF, grad_up_NF: [N, F], group after group.
         w1_GFD, w3_GFD: [G, F, D]; the group stride may be anything.
         counts: rows of each group; their sum is N.
-        tiling: instead of `choose_config`'s.
+        tiling: how it is cut.
 
     Returns:
         [N, D].
     """
-    tiling = tiling or choose_config("dgrad", w1_GFD.shape[2], _capability(grad_gate_NF))
     return _product([grad_gate_NF, grad_up_NF], [w1_GFD, w3_GFD], counts, False, tiling)
 
 
@@ -195,13 +143,12 @@ def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.T
     lefts = [plain(x, (tiling.block_m, tiling.block_k)) for x in rows]
     rights = [plain(x, (1, *right)) for x in matrices]
     column_tiles = triton.cdiv(columns, tiling.block_n)
-    _product_kernel[_grid(len(tiles) * column_tiles, tiling, out)](
+    _product_kernel[_grid(len(tiles) * column_tiles, out)](
         *(lefts[0], lefts[-1], rights[0], rights[-1]),
-        *(clipped(out, (tiling.block_m, tiling.stored_columns)), tiles),
+        *(clipped(out, (tiling.block_m, tiling.block_n // 2)), tiles),
         *(len(tiles), column_tiles, triton.cdiv(K, tiling.block_k)),
         TRANSPOSE=transpose,
         SUM_OF_TWO=len(rows) == 2,
-        HALVES=tiling.halves,
         **_meta(tiling),
     )
     return out
@@ -212,8 +159,7 @@ def wgrad(
     rows_ND: torch.Tensor,
     counts: Sequence[int],
     out: torch.Tensor | None = None,
-    *,
-    tiling: Tiling | None = None,
+    tiling: Tiling = HOPPER,
 ) -> torch.Tensor:
     """`grad.T @ rows` for each group; zero for groups without rows.
 
@@ -221,7 +167,7 @@ def wgrad(
         grad_NF, rows_ND: [N, F] and [N, D], group after group.
         counts: rows of each group; their sum is N.
         out: [G, F, D] to write to; its group stride may be anything.
-        tiling: instead of `choose_config`'s.
+        tiling: how it is cut.
 
     Returns:
         `out`, or a new tensor.
@@ -232,28 +178,25 @@ def wgrad(
     assert supported(grad_NF, rows_ND, out) and out.shape == (len(counts), F, D)
     if len(rows_ND) == 0:
         return out.zero_()
-    tiling = tiling or choose_config("wgrad", D, _capability(rows_ND))
     block_m, block_n, block_k = tiling[:3]
-    device, programs = rows_ND.device, _programs(rows_ND) * tiling.per_multiprocessor
+    device, programs = rows_ND.device, _programs(rows_ND)
     row_tiles_, column_tiles = triton.cdiv(F, block_m), triton.cdiv(D, block_n)
     grid = (row_tiles_, column_tiles)
     whole, cut = schedule(counts, row_tiles_ * column_tiles, block_k, programs)
     operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
     if whole.num_items:
-        _wgrad_kernel[_grid(whole.num_items, tiling, rows_ND)](
-            *(*operands, plain(out, (1, block_m, tiling.stored_columns))),
+        _wgrad_kernel[_grid(whole.num_items, rows_ND)](
+            *(*operands, plain(out, (1, block_m, tiling.block_n // 2))),
             *(*whole.tables(device), whole.num_items, *grid),
             PARTS=False,
-            HALVES=tiling.halves,
             **_meta(tiling),
         )
     if cut.num_items:
         parts = torch.empty((cut.num_items, block_m, block_n), dtype=torch.float32, device=device)
         tables = cut.tables(device)
-        _wgrad_kernel[_grid(cut.num_items, tiling, rows_ND)](
+        _wgrad_kernel[_grid(cut.num_items, rows_ND)](
             *(*operands, plain(parts, (1, block_m, block_n // 4)), *tables, cut.num_items, *grid),
             PARTS=True,
-            HALVES=tiling.halves,
             **_meta(tiling),
         )
         add_parts(parts, out, cut, tables, grid, tiling.band)
@@ -262,8 +205,8 @@ def wgrad(
 
 def _meta(tiling: Tiling, **changes: int) -> dict[str, int]:
     meta = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
-    meta |= {"BAND": tiling.band, "FLATTEN": tiling.flatten}
-    return meta | {"num_warps": tiling.warps, "num_stages": tiling.stages} | changes
+    meta |= {"BAND": tiling.band, "num_warps": tiling.warps, "num_stages": tiling.stages}
+    return meta | changes
 
 
 def _programs(x: torch.Tensor) -> int:
@@ -272,9 +215,5 @@ def _programs(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _grid(items: int, tiling: Tiling, x: torch.Tensor) -> tuple[int]:
-    return (min(items, _programs(x) * tiling.per_multiprocessor),)
-
-
-def _capability(x: torch.Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+def _grid(items: int, x: torch.Tensor) -> tuple[int]:
+    return (min(items, _programs(x)),)

@@ -8,7 +8,8 @@ its neighbour's rows, which cost time and are not stored.
 
 Two tensors of one shape can be read as one: the distance between their addresses is a stride like
 any other. So a single copy brings the same tile of two matrices, and a single wide product makes
-gate and up.
+gate and up. Loops over tiles are flattened with those within a tile, so that the next tile's
+operands are fetched while a tile is stored.
 
 Tiles that a short group does not fill are the price: on average half a tile a group.
 
@@ -24,7 +25,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .swiglu import _sigmoid
 from .tables import to_device
 
 _WRAP = 2**30  # rows that a clipped descriptor spans; 2**34 times as many bytes are 0 mod 2**64
@@ -65,17 +65,15 @@ def _product_kernel(
     steps,
     TRANSPOSE: tl.constexpr,
     SUM_OF_TWO: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     tl.assume(steps > 0)
     half: tl.constexpr = BLOCK_N // 2
     num_tiles = num_row_tiles * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = _tile_at(tile, num_row_tiles, num_column_tiles, BAND)
         group = tl.load(tiles_ptr + 3 * row_tile)
         row = tl.load(tiles_ptr + 3 * row_tile + 1)
@@ -97,38 +95,30 @@ def _product_kernel(
             else:
                 b = right.load([group, k, column]).reshape([BLOCK_K, BLOCK_N])
             total = tl.dot(a, b, total)
-        if HALVES:  # what passes through shared memory leaves room for another stage of operands
-            first, second = total.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
-            _store_clipped(out, first, row, stop, column, BLOCK_M, half)
-            _store_clipped(out, second, row, stop, column + half, BLOCK_M, half)
-        else:
-            _store_clipped(out, total, row, stop, column, BLOCK_M, BLOCK_N)
+        # In halves: what passes through shared memory leaves room for another stage of operands.
+        first, second = total.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
+        _store_clipped(out, first, row, stop, column, BLOCK_M, half)
+        _store_clipped(out, second, row, stop, column + half, BLOCK_M, half)
 
 
-@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps", "swapped"])
+@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps"])
 def _gate_up_kernel(
     rows,
     matrices,
     first_out,
     second_out,
-    h,
-    scale_ptr,
     tiles_ptr,
     num_row_tiles,
     num_column_tiles,
     steps,
-    swapped,
-    HAS_H: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     tl.assume(steps > 0)
     num_tiles = num_row_tiles * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = _tile_at(tile, num_row_tiles, num_column_tiles, BAND)
         group = tl.load(tiles_ptr + 3 * row_tile)
         row = tl.load(tiles_ptr + 3 * row_tile + 1)
@@ -140,18 +130,8 @@ def _gate_up_kernel(
             b = matrices.load([0, group, column, k]).reshape([2 * BLOCK_N, BLOCK_K]).T
             total = tl.dot(rows.load([row, k]), b, total)
         first, second = total.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1).split()
-        first = first.to(first_out.dtype)
-        second = second.to(first_out.dtype)
         _store_clipped(first_out, first, row, stop, column, BLOCK_M, BLOCK_N)
         _store_clipped(second_out, second, row, stop, column, BLOCK_M, BLOCK_N)
-        if HAS_H:
-            gate = tl.where(swapped != 0, second, first).to(tl.float32)
-            up = tl.where(swapped != 0, first, second).to(tl.float32)
-            value = gate * _sigmoid(gate) * up
-            if HAS_SCALE:
-                n = row + tl.arange(0, BLOCK_M)
-                value *= tl.load(scale_ptr + n, mask=n < stop, other=0.0)[:, None]
-            _store_clipped(h, value, row, stop, column, BLOCK_M, BLOCK_N)
 
 
 def row_tiles(counts: Sequence[int], block: int, device: torch.device) -> torch.Tensor:

@@ -57,16 +57,14 @@ def _wgrad_kernel(
     num_row_tiles,
     num_column_tiles,
     PARTS: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     wrap: tl.constexpr = 1073741824
     half: tl.constexpr = BLOCK_N // 2
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=FLATTEN):
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=True):
         segment_ptr = segments_ptr + 8 * tl.load(items_ptr + item)
         group = tl.load(segment_ptr)
         first_row = tl.load(segment_ptr + 1)
@@ -99,12 +97,10 @@ def _wgrad_kernel(
             total = tl.dot(a, b, total)
         if PARTS:
             _store_quarters(out, total, item, BLOCK_M, BLOCK_N)
-        elif HALVES:
+        else:
             left, right = total.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
             out.store([group, f, d], left.to(out.dtype).reshape([1, BLOCK_M, half]))
             out.store([group, f, d + half], right.to(out.dtype).reshape([1, BLOCK_M, half]))
-        else:
-            out.store([group, f, d], total.to(out.dtype).reshape([1, BLOCK_M, BLOCK_N]))
 
 
 @triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles"])

@@ -10,12 +10,8 @@ Shape letters: T tokens, K experts per token, E experts, P ranks, D hidden size,
 N rows, U parcels.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-
-from .grouped_gemm import grouped_gemm
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -214,28 +210,6 @@ def sum_rows(
     if out_UD is None:
         return y_UD.to(home_ND.dtype)
     return out_UD.copy_(y_UD)
-
-
-def gate_up_swiglu(
-    rows_ND: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    counts: Sequence[int],
-    weight_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gate and up projections of each group of rows, and `swiglu_forward` of both.
-
-    Args:
-        rows_ND: [N, D], group after group.
-        w1_GFD, w3_GFD: [G, F, D]; the group stride may be anything.
-        counts: rows of each group; their sum is N.
-        weight_N: as for `swiglu_forward`.
-
-    Returns:
-        gate, up and h, each [N, F].
-    """
-    gate_NF, up_NF = (grouped_gemm(rows_ND, weights, counts) for weights in (w1_GFD, w3_GFD))
-    return gate_NF, up_NF, swiglu_forward(gate_NF, up_NF, weight_N)
 
 
 def swiglu_forward(

@@ -28,9 +28,10 @@ class KernelSet(NamedTuple):
     sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
-    gate_up_swiglu: Callable
+    gate_up: Callable
+    """In `grouped_gemm.py`, like the next three."""
     product: Callable
-    """`grouped_gemm.grouped_gemm`, like the next two documented there."""
+    """`grouped_gemm.grouped_gemm`."""
     gradient_of_rows: Callable
     gradient_of_weights: Callable
     """`grouped_gemm.grouped_gemm_weight_gradient`."""
@@ -49,7 +50,7 @@ def _torch_kernels() -> KernelSet:
         sum_rows=reference.sum_rows,
         swiglu_forward=reference.swiglu_forward,
         swiglu_backward=reference.swiglu_backward,
-        gate_up_swiglu=reference.gate_up_swiglu,
+        gate_up=grouped_gemm.gate_up,
         product=grouped_gemm.grouped_gemm,
         gradient_of_rows=grouped_gemm.gradient_of_rows,
         gradient_of_weights=grouped_gemm.grouped_gemm_weight_gradient,
