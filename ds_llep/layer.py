@@ -86,6 +86,7 @@ class LLEPMoELayer(AutoEPMoELayer):
 
         scores_TK, plans, route, maps = self._route_and_plan(x_TD, weights)
         plan = plans[exchange.table.group_index]
+        context.statistics.record(context.index, plan, self.training, x_TD.dtype)
         foreign = ForeignWeights(
             exchange,
             context.index,
@@ -100,7 +101,6 @@ class LLEPMoELayer(AutoEPMoELayer):
                 foreign.start()
         backward = DispatchBackward(route)
         dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
-        context.statistics.record(context.index, plan, self.training, x_TD.dtype)
         job = ExpertJob(
             plan=plan,
             rows_per_slot=route.rows_per_slot,
