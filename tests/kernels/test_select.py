@@ -36,7 +36,7 @@ def test_without_triton(monkeypatch):
 
 def test_triton_on_a_cpu(monkeypatch):
     if not torch.cuda.is_available():
-        assert select_kernels("triton", CPU).gather_rows is rows.gather_rows  # the interpreter
+        assert select_kernels("triton", CPU).sum_rows is rows.sum_rows  # the interpreter
     monkeypatch.setattr(select, "_compiled", lambda: True)
     with pytest.raises(ValueError, match=r'llep\.kernels.*"cpu".*"auto" or "torch".*INTERPRET'):
         select_kernels("triton", CPU)
