@@ -57,8 +57,8 @@ class Counting:
         version: int = 0,
     ) -> None:
         self._num_experts, self._group = num_experts, group
-        self._num_fields = num_experts + num_ranks + _EXTRA_FIELDS
-        fields = [0] * (self._num_fields - 2) + [int(selected_TK is None), version]
+        fields = [0] * (num_experts + num_ranks + _EXTRA_FIELDS)
+        fields[-2:] = int(selected_TK is None), version
         report = torch.tensor(fields).to(device, non_blocking=True)
         if selected_TK is not None:
             kernels.count_copies(selected_TK, scores_TK.detach(), num_experts, num_ranks, report)
@@ -67,24 +67,37 @@ class Counting:
         if size > 1:
             gathered = report.new_empty(size * report.numel())
             dist.all_gather_into_tensor(gathered, report, group=group)
-        self._host = gathered.to("cpu", non_blocking=True)
+        self._reports = gathered.view(size, -1)
+
+    @property
+    def tokens_RE(self) -> torch.Tensor:
+        """int64 ``[R, E]`` on the device: each rank's tokens of each expert, checked by nobody."""
+        return self._reports[:, : self._num_experts]
+
+    def send_to_host(self, *others: torch.Tensor) -> None:
+        """Start to copy the counts, and other tensors that the host wants with them."""
+        self._host = [x.to("cpu", non_blocking=True) for x in (self._reports, *others)]
         self._event = None
-        if gathered.is_cuda:
+        if self._reports.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def wait(self, layer_name: str) -> Counts:
+    def wait(self, layer_name: str) -> tuple[Counts, list[np.ndarray]]:
         """The counts of all ranks: the layer's one device-to-host synchronisation.
 
         Args:
             layer_name: for the error message.
+
+        Returns:
+            The counts, and the other tensors that were sent with them.
 
         Raises:
             ValueError: on every rank, if any rank's routing is unusable.
         """
         if self._event is not None:
             self._event.synchronize()
-        reports, num_experts = self._host.numpy().reshape(-1, self._num_fields), self._num_experts
+        reports, *others = (x.numpy() for x in self._host)
+        num_experts = self._num_experts
         unknown, non_finite, raised, versions = reports[:, -_EXTRA_FIELDS:].T
         problems = (
             (raised, "the router raised (see the error on that rank)"),
@@ -104,7 +117,7 @@ class Counting:
                 "data)."
             )
         reached = reports[:, num_experts:-_EXTRA_FIELDS]
-        return Counts(reports[:, :num_experts], reached, versions.tolist())
+        return Counts(reports[:, :num_experts], reached, versions.tolist()), others
 
 
 def _global_ranks(flagged_R: np.ndarray, group: dist.ProcessGroup | None) -> list[int]:

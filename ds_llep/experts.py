@@ -30,11 +30,6 @@ from deepspeed.moe.ep_experts import GroupedExperts
 from ds_llep.activation import Activation
 from ds_llep.dispatch import DispatchBackward
 from ds_llep.fetch import Exchange, ForeignWeights
-from ds_llep.kernels.grouped_gemm import (
-    add_grouped_gemm,
-    grouped_gemm,
-    grouped_gemm_weight_gradient,
-)
 from ds_llep.kernels.select import KernelSet
 from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
@@ -176,13 +171,15 @@ class _ExpertMLP(torch.autograd.Function):
             if not any(need_weights):
                 return *grads, *[None] * 6
             with part("foreign experts backward"):
-                foreign_gradients = _weight_gradients(foreign_step, foreign_rows, foreign_counts)
+                foreign_gradients = _weight_gradients(
+                    foreign_step, foreign_rows, foreign_counts, job.kernels
+                )
                 del foreign_step  # its gate and up gradients are used up
             homecoming = GradientReturn(job.exchange, job.plan)
             with part("gradient return"):
                 homecoming.start(foreign_gradients)
             with part("home experts backward"):
-                gradients = _weight_gradients(home_step, home_rows, home_counts)
+                gradients = _weight_gradients(home_step, home_rows, home_counts, job.kernels)
             with part("gradient return"):
                 homecoming.finish(gradients)
         grad_weights = [
@@ -211,11 +208,10 @@ def _mlp_forward(
     activation: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``w2(act(w1 x, w3 x) * score)`` for each group of rows: output, gate and up."""
-    w1, w2, w3 = weights
-    gate_NF = grouped_gemm(rows_ND, w1, counts)
-    up_NF = grouped_gemm(rows_ND, w3, counts)
-    out_ND = grouped_gemm(activation.forward(gate_NF, up_NF, scores_N), w2, counts)
-    return out_ND, gate_NF, up_NF
+    (w1, w2, w3), kernels = weights, activation.kernels
+    gate_NF, up_NF = kernels.gate_up(rows_ND, w1, w3, counts)
+    act_NF = activation.forward(gate_NF, up_NF, scores_N)
+    return kernels.product(act_NF, w2, counts), gate_NF, up_NF
 
 
 def _hidden_backward(
@@ -229,31 +225,30 @@ def _hidden_backward(
     need_weights: bool,
 ) -> _HiddenBackward:
     """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up)."""
-    w1, w2, w3 = weights
+    (w1, w2, w3), kernels = weights, activation.kernels
     gate_NF, up_NF = hidden
     hidden.clear()
     grad_ND = grad_ND.contiguous()
-    grad_act = grouped_gemm(grad_ND, w2, counts, transpose=False)
+    grad_act = kernels.product(grad_ND, w2, counts, transpose=False)
     grad_gate, grad_up, act_NF, grad_scores = activation.backward(
         grad_act, gate_NF, up_NF, scores_N
     )
     del grad_act, gate_NF, up_NF
-    grad_w2 = grouped_gemm_weight_gradient(grad_ND, act_NF, counts) if need_weights else None
+    grad_w2 = kernels.gradient_of_weights(grad_ND, act_NF, counts) if need_weights else None
     del act_NF
     grad_rows = None
     if need_rows:
-        grad_rows = grouped_gemm(grad_gate, w1, counts, transpose=False)
-        add_grouped_gemm(grad_rows, grad_up, w3, counts)
+        grad_rows = kernels.gradient_of_rows(grad_gate, w1, grad_up, w3, counts)
     return _HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows, grad_scores)
 
 
 def _weight_gradients(
-    step: _HiddenBackward, rows_ND: torch.Tensor, counts: Sequence[int]
+    step: _HiddenBackward, rows_ND: torch.Tensor, counts: Sequence[int], kernels: KernelSet
 ) -> list[torch.Tensor]:
     """Gradients of w1, w2, w3, each ``[G, ., .]``; gives back the gate's gradient in between."""
-    grad_w1 = grouped_gemm_weight_gradient(step.grad_gate, rows_ND, counts)
+    grad_w1 = kernels.gradient_of_weights(step.grad_gate, rows_ND, counts)
     step.grad_gate = None
-    grad_w3 = grouped_gemm_weight_gradient(step.grad_up, rows_ND, counts)
+    grad_w3 = kernels.gradient_of_weights(step.grad_up, rows_ND, counts)
     return [grad_w1, step.grad_w2, grad_w3]
 
 

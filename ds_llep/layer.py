@@ -21,8 +21,8 @@ from ds_llep.experts import ExpertJob
 from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.kernels.select import KernelSet, select_kernels
 from ds_llep.monitor import Statistics
-from ds_llep.plan import Plan, make_plan
-from ds_llep.route import Route, RouteMaps, make_route, sort_copies
+from ds_llep.plan import Plan, make_plan, plan_from_tokens
+from ds_llep.route import Addresses, Route, RouteMaps, make_route, sort_copies
 from ds_llep.shards import whole_shape
 from ds_llep.timeline import part
 
@@ -85,7 +85,11 @@ class LLEPMoELayer(AutoEPMoELayer):
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
         scores_TK, plans, route, maps = self._route_and_plan(x_TD, weights)
+        backward = DispatchBackward(route)
+        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
+        # What else the host has to do with the plan, it does while the tokens are on their way.
         plan = plans[exchange.table.group_index]
+        context.statistics.record(context.index, plan, self.training, x_TD.dtype)
         foreign = ForeignWeights(
             exchange,
             context.index,
@@ -95,8 +99,6 @@ class LLEPMoELayer(AutoEPMoELayer):
             size=context.workspace_size,
             count=partial(context.statistics.count_fetched, context.index, self.training),
         )
-        backward = DispatchBackward(route)
-        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
         job = ExpertJob(
             plan=plan,
             rows_per_slot=route.rows_per_slot,
@@ -138,31 +140,60 @@ class LLEPMoELayer(AutoEPMoELayer):
                 context.kernels,
                 exchange.version(context.index, weights),
             )
-        if failure is None:  # what the device does while the host waits for the counts
-            with part("route"), torch.no_grad():
+        with part("route"), torch.no_grad():
+            # Work for the device while the host waits for the counts.
+            planned = self._plan_on_device(counting)
+            counting.send_to_host(*planned)
+            if failure is None:
                 position_TK = sort_copies(selected_TK)
+                if planned:
+                    addresses = self._address(
+                        selected_TK, position_TK, counting.tokens_RE, planned[0]
+                    )
                 self.tokens_per_expert.add_(counts_E)  # AutoEP's own utilisation counter
         try:
             with part("wait for counts"):
-                counts = counting.wait(context.name)
+                counts, planned = counting.wait(context.name)
         except ValueError as error:
             raise error from failure
         exchange.renew(context.index, counts.versions)
-        with part("plan"):
-            plans = [
-                make_plan(counts_PE, context.planning)
-                for counts_PE in exchange.by_group(counts.tokens_RE)
-            ]
         own = exchange.table.group_index
-        context.statistics.record(context.index, plans[own], self.training, x_TD.dtype)
+        with part("plan"):
+            if planned:
+                plans = [plan_from_tokens(counts.tokens_RE, *planned, context.planning)]
+            else:
+                counts_by_group = exchange.by_group(counts.tokens_RE)
+                plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
         with part("route"):
+            if not planned:
+                counts_PE = exchange.by_group(counting.tokens_RE)[own]
+                tokens_EP = torch.tensor(plans[own].tokens_EP).to(x_TD.device, non_blocking=True)
+                addresses = self._address(selected_TK, position_TK, counts_PE, tokens_EP)
+            reached_PP = exchange.by_group(counts.reached_RP)[own]
             route, maps = make_route(
-                selected_TK,
-                position_TK,
-                exchange.by_group(counts.reached_RP)[own],
-                plans[own],
-                self.ep_rank,
-                self.ep_group,
-                context.kernels,
+                addresses, reached_PP, plans[own], self.ep_rank, self.ep_group, context.kernels
             )
         return scores_TK, plans, route, maps
+
+    def _plan_on_device(self, counting: Counting) -> tuple[torch.Tensor, ...]:
+        """The plan's tokens and capped tokens; nothing where it is for the host to plan.
+
+        With shards, weights go to all EP groups, so the host needs the plans of all.
+        """
+        context, config = self.llep, self.llep.planning
+        if context.kernels.plan_lla is None or context.exchange.sharded or config.planner != "lla":
+            return ()
+        return context.kernels.plan_lla(
+            counting.tokens_RE,
+            config.capacity_factor,
+            config.imbalance_threshold,
+            config.min_tokens_per_gemm,
+            config.max_foreign_experts,
+        )
+
+    def _address(self, selected_TK, position_TK, counts_PE, tokens_EP) -> Addresses:
+        return Addresses(
+            *self.llep.kernels.address_copies(
+                selected_TK, position_TK, counts_PE, tokens_EP, self.ep_rank
+            )
+        )

@@ -2,17 +2,18 @@
 
 Every rank of the expert-parallel group calls `make_plan` with the same counts and derives the same
 plan from them, so no plan is ever sent. That works because nothing but those integers and the
-config enters it. The price is that every rank repeats the work: the planning loop runs on Python
-ints, which beat small numpy arrays, and numpy is left to the edges.
+config enters it. The price is that every rank repeats the work.
 
 Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank. The home
 rank of expert e is `e // M`; a helper is a rank that computes some of e's tokens away from home.
 """
 
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from functools import cached_property
 
 import numpy as np
+
+from ds_llep.planners import PLANNERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +39,40 @@ class Plan:
     """int64 [P, E]: row p is rank p's own tokens per expert, before dispatch."""
     tokens_EP: np.ndarray
     """int64 [E, P]: tokens of expert e computed on rank p."""
-    spills: tuple[Spill, ...]
-    """One entry per (expert, helper) that computes tokens, ordered by expert, then helper."""
-    rank_load_P: np.ndarray
-    """int64 [P]: tokens computed on rank p."""
     bypassed: bool
     """True where nothing was planned, as the load ratio is under the threshold (or no tokens)."""
     capped_tokens: int = 0
     """Tokens above capacity, at home only because `max_foreign_experts` left no rank to help."""
 
     def __post_init__(self):
-        for name in ("counts_PE", "tokens_EP", "rank_load_P"):
-            array = np.array(getattr(self, name), dtype=np.int64)
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
+        for name in ("counts_PE", "tokens_EP"):
+            object.__setattr__(
+                self, name, _read_only(np.array(getattr(self, name), dtype=np.int64))
+            )
+
+    @cached_property
+    def spills(self) -> tuple[Spill, ...]:
+        """One entry per (expert, helper) that computes tokens, ordered by expert, then helper."""
+        away_XP = self.tokens_EP[self.spilled_experts]
+        home_X = self.spilled_experts // self.experts_per_rank
+        away_XP[np.arange(len(away_XP)), home_X] = 0
+        index, helper = np.nonzero(away_XP)
+        columns = self.spilled_experts[index], home_X[index], helper, away_XP[index, helper]
+        return tuple(map(Spill, *(column.tolist() for column in columns)))
+
+    @cached_property
+    def spilled_experts(self) -> np.ndarray:
+        """Ids of the experts that are not computed at home alone, ascending; int64."""
+        if self.bypassed:
+            return np.empty(0, dtype=np.int64)
+        home_E = np.arange(self.num_experts) // self.experts_per_rank
+        at_home_E = self.tokens_EP[np.arange(self.num_experts), home_E]
+        return np.flatnonzero(self.tokens_EP.sum(1) != at_home_E)
+
+    @cached_property
+    def rank_load_P(self) -> np.ndarray:
+        """int64 [P]: tokens computed on rank p."""
+        return _read_only(self.tokens_EP.sum(0))
 
     @property
     def num_ranks(self) -> int:
@@ -91,7 +112,8 @@ class Plan:
 
     def foreign_experts(self, rank: int) -> tuple[int, ...]:
         """Ids of the experts that `rank` computes as a helper, ascending."""
-        return tuple(spill.expert for spill in self.borrowed_experts(rank))
+        foreign = np.flatnonzero(self.tokens_EP[:, rank])
+        return tuple(foreign[foreign // self.experts_per_rank != rank].tolist())
 
     def slots(self, rank: int) -> tuple[int, ...]:
         """Expert ids that `rank` computes, in order: home (even without tokens), then foreign."""
@@ -103,7 +125,8 @@ class Plan:
         assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
         send_EP = _all_at_home(self.counts_PE[source], self.num_ranks)
         # Few experts spill; all tokens of the others go home.
-        if spilled := list({spill.expert for spill in self.spills}):
+        spilled = self.spilled_experts
+        if len(spilled):
             before = self.counts_PE[:source, spilled].sum(0)
             first, last = before[:, None], (before + self.counts_PE[source][spilled])[:, None]
             send_EP[spilled] = _overlap(self.tokens_EP[spilled], first, last, axis=1)
@@ -119,7 +142,8 @@ class Plan:
         at_home = slice(rank * M, (rank + 1) * M)
         recv_PE = np.zeros_like(self.counts_PE)
         recv_PE[:, at_home] = self.counts_PE[:, at_home]
-        if shared := list({s.expert for s in self.spills if rank in (s.home, s.helper)}):
+        shared = self.spilled_experts
+        if len(shared):
             first = self.tokens_EP[shared, :rank].sum(1)
             last = first + self.tokens_EP[:, rank][shared]
             recv_PE[:, shared] = _overlap(self.counts_PE[:, shared], first, last, axis=0)
@@ -147,100 +171,31 @@ def make_plan(counts_PE, config) -> Plan:
     load_E = counts_PE.sum(0)
     home_load = load_E.reshape(P, -1).sum(1).tolist()
 
-    # IEEE double arithmetic on equal integers is the same on every rank, so no rank can disagree.
-    bypassed = not any(home_load) or _load_ratio(home_load) < config.imbalance_threshold
-    moved, rank_load, capped_tokens = {}, home_load, 0
+    bypassed = _bypasses(home_load, config)
+    tokens_EP, capped_tokens = _all_at_home(load_E, P), 0
     if not bypassed:
-        moved, rank_load, capped_tokens = PLANNERS[config.planner](load_E, home_load, config)
-
-    M = E // P
-    spills = tuple(Spill(e, e // M, helper, n) for (e, helper), n in sorted(moved.items()))
-    tokens_EP = _all_at_home(load_E, P)
-    for spill in spills:
-        tokens_EP[spill.expert, spill.home] -= spill.tokens
-        tokens_EP[spill.expert, spill.helper] = spill.tokens
-    return Plan(counts_PE, tokens_EP, spills, rank_load, bypassed, capped_tokens)
+        moved, capped_tokens = PLANNERS[config.planner](load_E, home_load, config)
+        for (expert, helper), tokens in moved.items():
+            tokens_EP[expert, expert * P // E] -= tokens
+            tokens_EP[expert, helper] = tokens
+    return Plan(counts_PE, tokens_EP, bypassed, capped_tokens)
 
 
-def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
-    """Least-Loaded Assignment (LLEP, arXiv 2601.17111, Algorithms 2 and 3) on integers.
+def plan_from_tokens(counts_PE, tokens_EP, capped_tokens: int, config) -> Plan:
+    """The plan that :func:`make_plan` makes, where its integers are known already.
 
-    A rank's effective load is what it was assigned plus its home experts that are not placed yet.
-    Experts are placed by load, largest first. Home takes what fits into its capacity, the rest
-    goes chunk by chunk to the other rank with the least effective load. With `capacity_factor`
-    >= 1 no rank ends above the largest home load.
-
-    Returns:
-        `({(expert, helper): tokens}, rank_load_P, capped_tokens)`: what leaves home, one entry per
-        segment, and the load of each rank then.
+    Args:
+        counts_PE, config: as for :func:`make_plan`.
+        tokens_EP: int64 array [E, P], its `Plan.tokens_EP`.
+        capped_tokens: its `Plan.capped_tokens`.
     """
-    P, E = len(home_load_P), len(load_E)
-    M, total = E // P, sum(home_load_P)
-    mean = total // P
-    # One double product, truncated: the same IEEE arithmetic, so the same integer on every rank.
-    capacity = max(1, int(config.capacity_factor * mean) if mean else total)
-    limit = E if config.max_foreign_experts is None else config.max_foreign_experts
-    foreign_experts_P = [0] * P
-    effective_P = list(home_load_P)
-    capped_P = [0] * P
-    moved: dict[tuple[int, int], int] = {}
-
-    # A heap of the ranks that may help, effective load and rank in one int: its first is the least
-    # loaded rank, and of equally loaded ones the lowest. Outdated entries are dropped when met.
-    entry_P = [load * P + rank for rank, load in enumerate(home_load_P)]
-    helpers = entry_P.copy() if limit else []
-    heapify(helpers)
-    # Stable: of equally loaded experts the lower id comes first.
-    order = np.argsort(-load_E, kind="stable").tolist()
-    load_E = load_E.tolist()
-    for expert in order:
-        home = expert // M
-        # The effective load already counts this expert, so it alone says what does not fit.
-        rest = min(load_E[expert], effective_P[home] - capacity)
-        if rest <= 0:
-            continue
-        effective_P[home] -= rest
-        entry_P[home] = None  # until what it keeps is known
-        taken: dict[int, int] = {}
-        while rest:
-            # The paper sorts the ranks by effective load for every chunk and walks them. The first
-            # has the most room: where it must refuse a chunk every rank must, and then it is also
-            # the one that takes all the rest.
-            while helpers and helpers[0] != entry_P[helpers[0] % P]:
-                heappop(helpers)
-            if not helpers:
-                break
-            helper_load, helper = divmod(helpers[0], P)
-            room = capacity - helper_load
-            if room <= 0 and helper_load > min(effective_P):
-                # Less loaded ranks are at their limit; this one would become the overloaded one.
-                break
-            chunk = min(rest, room)
-            if chunk < max(1, config.min_tokens_per_gemm):
-                chunk = rest  # it is all that is left, or no rank takes a chunk
-            taken[helper] = taken.get(helper, 0) + chunk
-            effective_P[helper] += chunk
-            entry_P[helper] += chunk * P
-            heapreplace(helpers, entry_P[helper])
-            rest -= chunk
-        effective_P[home] += rest
-        # Other experts may still relieve this home of what this one could not: count it once.
-        capped_P[home] = min(capped_P[home] + rest, effective_P[home] - capacity)
-        # A rank that takes several chunks of an expert holds one foreign expert more.
-        for helper, tokens in taken.items():
-            moved[expert, helper] = tokens
-            foreign_experts_P[helper] += 1
-            if foreign_experts_P[helper] == limit:
-                entry_P[helper] = None
-        if foreign_experts_P[home] < limit:
-            entry_P[home] = effective_P[home] * P + home
-            heappush(helpers, entry_P[home])
-        if max(effective_P) <= capacity:
-            break
-    return moved, effective_P, sum(capped_P)
+    home_load = counts_PE.sum(0).reshape(len(counts_PE), -1).sum(1).tolist()
+    return Plan(counts_PE, tokens_EP, _bypasses(home_load, config), int(capped_tokens))
 
 
-PLANNERS = {"lla": plan_lla}
+def _bypasses(home_load_P: list[int], config) -> bool:
+    # IEEE double arithmetic on equal integers is the same on every rank, so no rank can disagree.
+    return not any(home_load_P) or _load_ratio(home_load_P) < config.imbalance_threshold
 
 
 def _checked_counts(counts_PE) -> np.ndarray:
@@ -258,6 +213,11 @@ def _checked_counts(counts_PE) -> np.ndarray:
     if E % P:
         raise ValueError(f"make_plan: {E} experts on {P} ranks; valid is E a multiple of P")
     return counts_PE
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
 
 
 def _load_ratio(load_P: list[int]) -> float:

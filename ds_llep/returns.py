@@ -7,6 +7,7 @@ Which spill belongs to which round follows from the plan, so both ends agree on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import deepspeed.comm as dist
@@ -60,6 +61,7 @@ class GradientReturn:
         The sum over an expert's helpers runs in fp32 and is rounded once, so that its error does
         not grow with their number.
         """
+        helpers = Counter(spill.expert for spills in self._received for spill in spills)
         total = Sum(gradients)
         for index, spills in enumerate(self._received):
             if index:
@@ -67,7 +69,12 @@ class GradientReturn:
             self._exchange.finish()
             for place, spill in enumerate(spills):
                 returned = self._layout.views(self._buffer[place : place + 1])
-                total.add(spill.expert % self._plan.experts_per_rank, returned)
+                expert = spill.expert % self._plan.experts_per_rank
+                if helpers[spill.expert] > 1:
+                    total.add(expert, returned)
+                    continue
+                for gradient, part in zip(gradients, returned, strict=True):
+                    gradient[expert] += part[0]  # one addition: rounded once in any dtype
         total.flush()
         del self._gradients, self._buffer
 

@@ -64,9 +64,17 @@ def sort_copies(selected_TK: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(places).scatter_(0, order, places).view(selected_TK.shape)
 
 
+class Addresses(NamedTuple):
+    """What ``address_copies`` finds, before parcels have places; on the device."""
+
+    own_TK: torch.Tensor
+    sent_TK: torch.Tensor
+    target_TK: torch.Tensor
+    parcels: torch.Tensor
+
+
 def make_route(
-    selected_TK: torch.Tensor,
-    position_TK: torch.Tensor,
+    addresses: Addresses,
     reached_PP: np.ndarray,
     plan: Plan,
     rank: int,
@@ -76,27 +84,17 @@ def make_route(
     """Turn the plan into this rank's splits and maps.
 
     Args:
-        selected_TK: expert ids ``[T, K]`` in ``[0, E)``.
-        position_TK: from :func:`sort_copies`.
+        addresses: of this rank's copies under the plan; used up.
         reached_PP: how many of a rank's tokens (first index) have an expert at home on a rank.
         plan: the EP group's plan.
         rank: this rank in the EP group.
         group: the EP group.
         kernels: launchers that make the maps and move the rows.
     """
-    send_splits, recv_splits = _splits(plan, reached_PP, rank, selected_TK.shape[1])
-    first_P = np.cumsum(send_splits) - send_splits
-    before_E, own_E = plan.counts_PE[:rank].sum(axis=0), plan.counts_PE[rank]
-    fields = plan.tokens_EP.ravel(), before_E, own_E, first_P
-    sizes = [field.size for field in fields]
-    on_device = torch.from_numpy(np.concatenate(fields).astype(np.int32)).to(
-        selected_TK.device, non_blocking=True
-    )
-    tokens, *rest = on_device.split(sizes)
-    maps = kernels.address_copies(
-        selected_TK, position_TK, tokens.view(plan.tokens_EP.shape), *rest, rank
-    )
-
+    own_TK, sent_TK, target_TK, parcels = addresses
+    send_splits, recv_splits = _splits(plan, reached_PP, rank, own_TK.shape[1])
+    first_P = torch.from_numpy((np.cumsum(send_splits) - send_splits).astype(np.int32))
+    kernels.place_parcels(sent_TK, parcels, first_P.to(own_TK.device, non_blocking=True))
     rows_per_slot = plan.tokens_EP[list(plan.slots(rank)), rank].tolist()
     route = Route(
         send_splits=send_splits.tolist(),
@@ -107,7 +105,7 @@ def make_route(
         group=group,
         kernels=kernels,
     )
-    return route, RouteMaps(*maps)
+    return route, RouteMaps(own_TK, sent_TK, target_TK)
 
 
 def _splits(
@@ -118,18 +116,17 @@ def _splits(
     Every rank finds the same number for each pair.
     """
     sent_P, received_P = reached_PP[rank].copy(), reached_PP[:, rank].copy()
-    if plan.spills:
-        # Only spilled experts' copies can be elsewhere than at home, so only they can add parcels.
-        tokens_P = plan.counts_PE.sum(axis=1) // top_k
+    spilled = plan.spilled_experts
+    if len(spilled):  # only these have copies elsewhere than at home
         send_EP, recv_PE = plan.send_EP(rank), plan.recv_PE(rank)
-        home_E = np.arange(plan.num_experts) // plan.experts_per_rank
-        foreign_EP = send_EP * (home_E[:, None] != np.arange(plan.num_ranks))
-        foreign_PE = recv_PE * (home_E != rank)
-        sent_P = _least(send_EP.sum(0), tokens_P[rank], sent_P + foreign_EP.sum(0))
-        received_P = _least(recv_PE.sum(1), tokens_P, received_P + foreign_PE.sum(1))
+        home = spilled // plan.experts_per_rank
+        away_XP = send_EP[spilled]
+        away_XP[np.arange(len(spilled)), home] = 0
+        foreign_P = recv_PE[:, spilled[home != rank]].sum(axis=1)
+        tokens_P = plan.counts_PE.sum(axis=1) // top_k
+        sent_P = np.minimum(sent_P + away_XP.sum(axis=0), tokens_P[rank])
+        received_P = np.minimum(received_P + foreign_P, tokens_P)
+        sent_P = np.minimum(sent_P, send_EP.sum(axis=0))
+        received_P = np.minimum(received_P, recv_PE.sum(axis=1))
     sent_P[rank] = received_P[rank] = 0
     return sent_P, received_P
-
-
-def _least(*bounds: np.ndarray) -> np.ndarray:
-    return np.minimum.reduce(np.broadcast_arrays(*bounds))

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
+
+from .tables import to_device
 
 _ALIGNMENT_BYTES = 16
 _SLICES = 4
@@ -42,6 +45,13 @@ def grouped_gemm(
     return out
 
 
+def gate_up(
+    rows_ND: torch.Tensor, w1_GFD: torch.Tensor, w3_GFD: torch.Tensor, counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`grouped_gemm` with two sets of matrices: gate and up, each [N, F]."""
+    return grouped_gemm(rows_ND, w1_GFD, counts), grouped_gemm(rows_ND, w3_GFD, counts)
+
+
 def add_grouped_gemm(
     out_ND: torch.Tensor, rows_NF: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int]
 ) -> None:
@@ -63,6 +73,28 @@ def add_grouped_gemm(
         within = [min(max(end, first), last) - first for end in ends]
         some = [end - start for start, end in zip([0, *within], within, strict=False)]
         out_ND[first:last] += grouped_gemm(rows_NF[first:last], weights_GFD, some, transpose=False)
+
+
+def gradient_of_rows(
+    grad_gate_NF: torch.Tensor,
+    w1_GFD: torch.Tensor,
+    grad_up_NF: torch.Tensor,
+    w3_GFD: torch.Tensor,
+    counts: Sequence[int],
+) -> torch.Tensor:
+    """`grad_gate @ w1 + grad_up @ w3` for each group.
+
+    Args:
+        grad_gate_NF, grad_up_NF: [N, F], group after group.
+        w1_GFD, w3_GFD: [G, F, D]; the group stride may be anything.
+        counts: rows of each group; their sum is N.
+
+    Returns:
+        [N, D].
+    """
+    grad_ND = grouped_gemm(grad_gate_NF, w1_GFD, counts, transpose=False)
+    add_grouped_gemm(grad_ND, grad_up_NF, w3_GFD, counts)
+    return grad_ND
 
 
 def grouped_gemm_weight_gradient(
@@ -107,8 +139,7 @@ def is_one_kernel(*operands: torch.Tensor) -> bool:
 
 
 def _offsets(counts: Sequence[int], device: torch.device) -> torch.Tensor:
-    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-    return ends.to(device, non_blocking=True)
+    return to_device(np.cumsum(counts, dtype=np.int32), device)
 
 
 def _spans(counts: Sequence[int]):

@@ -48,32 +48,30 @@ def count_copies(
 def address_copies(
     selected_TK: torch.Tensor,
     position_TK: torch.Tensor,
+    counts_PE: torch.Tensor,
     tokens_EP: torch.Tensor,
-    before_E: torch.Tensor,
-    own_E: torch.Tensor,
-    first_P: torch.Tensor,
     rank: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where every copy of this rank's tokens goes.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which rank computes each copy of this rank's tokens, and in which of its rows.
 
     Args:
-        selected_TK: [T, K] int64 expert ids, each in [0, E).
+        selected_TK: [T, K] int64 expert ids; ids outside [0, E) get some address.
         position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
-        tokens_EP: [E, P] int32, the plan: copies of each expert that each rank computes. An
-            expert's copies, by source rank and token, are cut into runs of these lengths.
-        before_E: [E] int32: copies of each expert on the ranks before this one.
-        own_E: [E] int32: copies of each expert on this rank.
-        first_P: [P] int32: the first place of each rank's parcels.
+        counts_PE: [P, E] int64, any row stride: copies of each expert that each rank's tokens have.
+        tokens_EP: [E, P], an integer dtype, the plan: copies of each expert that each rank
+            computes. An expert's copies, by source rank and token, are cut into runs of these
+            lengths.
         rank: this rank, to which nothing is sent.
 
     Returns:
-        Three int32 [T, K]. `own`: the row of a copy that is computed here, else -1. `sent`: the
-        place u of the token's parcel, for the first of the copies that it serves; -(u + 2) for the
-        others; -1 for own copies. `target`: the row of the copy on the rank that computes it: rows
-        are in the order of the rank's experts, home before foreign ones, then of source ranks, then
-        of tokens. Places of a rank are given in token order.
+        Three int32 [T, K], and what `place_parcels` needs beside them. `own`: the row of a copy
+        that is computed here, else -1. `sent`: the rank p that computes the copy, for the first of
+        a token's copies there; -(p + 2) for the others; -1 for own copies. `target`: the row of the
+        copy on the rank that computes it: rows are in the order of the rank's experts, home before
+        foreign ones, then of source ranks, then of tokens.
     """
-    (T, K), (E, P) = selected_TK.shape, tokens_EP.shape
+    K, (E, P) = selected_TK.shape[1], tokens_EP.shape
+    selected_TK = selected_TK.clamp(0, E - 1)
     home_E = torch.arange(E, device=tokens_EP.device) // (E // P)
     is_home_EP = home_E.unsqueeze(1) == torch.arange(P, device=tokens_EP.device)
     home_EP = torch.where(is_home_EP, tokens_EP, 0)
@@ -82,23 +80,39 @@ def address_copies(
     slot_EP = torch.where(is_home_EP, home_EP.cumsum(0) - home_EP, first_foreign_EP)
 
     # Copies of earlier ranks fill an expert's runs from the left, then this rank's.
+    before_E, own_E = counts_PE[:rank].sum(0), counts_PE[rank]
     start_EP, none_EP = tokens_EP.cumsum(1) - tokens_EP, torch.zeros_like(tokens_EP)
     earlier_EP = (before_E.unsqueeze(1) - start_EP).clamp(none_EP, tokens_EP)
-    sent_EP = ((before_E + own_E).unsqueeze(1) - start_EP).clamp(none_EP, tokens_EP) - earlier_EP
-    end_EP = (own_E.cumsum(0) - own_E).unsqueeze(1) + sent_EP.cumsum(1)
-    shift_EP = slot_EP + earlier_EP - (end_EP - sent_EP)
+    run_EP = ((before_E + own_E).unsqueeze(1) - start_EP).clamp(none_EP, tokens_EP) - earlier_EP
+    end_EP = (own_E.cumsum(0) - own_E).unsqueeze(1) + run_EP.cumsum(1)
+    shift_EP = slot_EP + earlier_EP - (end_EP - run_EP)
 
-    to_TK = (end_EP[selected_TK] <= position_TK.unsqueeze(2)).sum(2)
+    to_TK = (end_EP[selected_TK] <= position_TK.unsqueeze(2)).sum(2).clamp(max=P - 1)
     target_TK = position_TK + shift_EP[selected_TK, to_TK]
-    reached_TP = to_TK.new_zeros((T, P)).scatter_(1, to_TK, 1)
-    place_TP = first_P + reached_TP.cumsum(0) - reached_TP
-    place_TK = place_TP.gather(1, to_TK)
     again_TK = torch.zeros_like(to_TK, dtype=torch.bool)
     for k in range(1, K):
         again_TK[:, k] = (to_TK[:, :k] == to_TK[:, k : k + 1]).any(1)
-    sent_TK = torch.where(to_TK == rank, -1, torch.where(again_TK, -place_TK - 2, place_TK))
+    sent_TK = torch.where(to_TK == rank, -1, torch.where(again_TK, -to_TK - 2, to_TK))
     own_TK = torch.where(to_TK == rank, target_TK, -1)
-    return own_TK.int(), sent_TK.int(), target_TK.int()
+    return own_TK.int(), sent_TK.int(), target_TK.int(), to_TK.new_empty(0)
+
+
+def place_parcels(sent_TK: torch.Tensor, parcels: torch.Tensor, first_P: torch.Tensor) -> None:
+    """Give each parcel its place in the send buffer.
+
+    Args:
+        sent_TK: int32 [T, K], from `address_copies`, changed in place: ranks p become places u.
+            Places of a rank are given in token order.
+        parcels: from `address_copies`.
+        first_P: [P] int32: the first place of each rank's parcels.
+    """
+    (T, _), P = sent_TK.shape, first_P.shape[0]
+    to_TK = torch.where(sent_TK < -1, -sent_TK - 2, sent_TK).long()
+    reached_TP = to_TK.new_zeros((T, P + 1)).scatter_(1, to_TK + 1, 1)[:, 1:]
+    place_TP = first_P + reached_TP.cumsum(0) - reached_TP
+    place_TK = place_TP.gather(1, to_TK.clamp(min=0)).int()
+    placed_TK = torch.where(sent_TK >= 0, place_TK, -place_TK - 2)
+    sent_TK.copy_(torch.where(sent_TK == -1, -1, placed_TK))
 
 
 def label_parcels(
@@ -111,7 +125,7 @@ def label_parcels(
     """Write on each parcel which rows its copies are, and their values.
 
     Args:
-        sent_TK, target_TK: as from `address_copies`.
+        sent_TK, target_TK: as from `address_copies` and `place_parcels`.
         values_TK: [T, K], any float dtype.
         targets_UK: [U + 1, K] int32, any row stride, changed in place: the row of each copy, -1 for
             choices that this parcel does not serve and for parcels that no token uses.

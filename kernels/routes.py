@@ -37,13 +37,14 @@ def _clip(x, most):
     return tl.where(x < 0, 0, tl.where(x > most, most, x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _run_kernel(
+    counts_ptr,
     tokens_ptr,
-    before_ptr,
-    own_ptr,
     end_ptr,
     shift_ptr,
+    counts_stride,
+    rank,
     E: tl.constexpr,
     P: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -53,9 +54,12 @@ def _run_kernel(
     p = tl.arange(0, BLOCK_P)
     entry = e[:, None] * P + p[None, :]
     mask = (e < E)[:, None] & (p < P)[None, :]
-    tokens = tl.load(tokens_ptr + entry, mask=mask, other=0)
-    before = tl.load(before_ptr + e, mask=e < E, other=0)
-    own = tl.load(own_ptr + e, mask=e < E, other=0)
+    tokens = tl.load(tokens_ptr + entry, mask=mask, other=0).to(tl.int32)
+    before = tl.full([BLOCK_E], 0, tl.int32)
+    for source in range(rank):
+        count = tl.load(counts_ptr + source * counts_stride + e, mask=e < E, other=0)
+        before += count.to(tl.int32)
+    own = tl.load(counts_ptr + rank * counts_stride + e, mask=e < E, other=0).to(tl.int32)
     # A rank's rows by slot: home experts, then foreign ones.
     is_home = (e // (E // P))[:, None] == p[None, :]
     home = tl.where(is_home, tokens, 0)
@@ -86,6 +90,7 @@ def _address_kernel(
     parcels_ptr,
     T,
     rank,
+    E: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -97,7 +102,9 @@ def _address_kernel(
     reached = tl.full([BLOCK_T, BLOCK_P], 0, tl.int32)
     for k in tl.static_range(K):
         copy = t * K + k
-        run = tl.load(selected_ptr + copy, mask=t < T, other=0).to(tl.int32) * P
+        e = tl.load(selected_ptr + copy, mask=t < T, other=0)
+        e = tl.where((e >= 0) & (e < E), e, 0)  # an error, which the host does not know of yet
+        run = e.to(tl.int32) * P
         position = tl.load(position_ptr + copy, mask=t < T, other=0)
         # The first rank whose run ends behind the position, by bisection.
         to = tl.full([BLOCK_T], 0, tl.int32)
@@ -187,51 +194,65 @@ def _block_p(num_ranks: int) -> int:
 def address_copies(
     selected_TK: torch.Tensor,
     position_TK: torch.Tensor,
+    counts_PE: torch.Tensor,
     tokens_EP: torch.Tensor,
-    before_E: torch.Tensor,
-    own_E: torch.Tensor,
-    first_P: torch.Tensor,
     rank: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where every copy of this rank's tokens goes.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which rank computes each copy of this rank's tokens, and in which of its rows.
 
     Args:
-        selected_TK: [T, K] int64 expert ids, each in [0, E).
+        selected_TK: [T, K] int64 expert ids; ids outside [0, E) get some address.
         position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
-        tokens_EP: [E, P] int32, the plan: copies of each expert that each rank computes. An
-            expert's copies, by source rank and token, are cut into runs of these lengths.
-        before_E: [E] int32: copies of each expert on the ranks before this one.
-        own_E: [E] int32: copies of each expert on this rank.
-        first_P: [P] int32: the first place of each rank's parcels.
+        counts_PE: [P, E] int64, any row stride: copies of each expert that each rank's tokens have.
+        tokens_EP: [E, P], an integer dtype, the plan: copies of each expert that each rank
+            computes. An expert's copies, by source rank and token, are cut into runs of these
+            lengths.
         rank: this rank, to which nothing is sent.
 
     Returns:
-        Three int32 [T, K]. `own`: the row of a copy that is computed here, else -1. `sent`: the
-        place u of the token's parcel, for the first of the copies that it serves; -(u + 2) for the
-        others; -1 for own copies. `target`: the row of the copy on the rank that computes it: rows
-        are in the order of the rank's experts, home before foreign ones, then of source ranks, then
-        of tokens. Places of a rank are given in token order.
+        Three int32 [T, K], and what `place_parcels` needs beside them. `own`: the row of a copy
+        that is computed here, else -1. `sent`: the rank p that computes the copy, for the first of
+        a token's copies there; -(p + 2) for the others; -1 for own copies. `target`: the row of the
+        copy on the rank that computes it: rows are in the order of the rank's experts, home before
+        foreign ones, then of source ranks, then of tokens.
     """
     (T, K), (E, P) = selected_TK.shape, tokens_EP.shape
+    assert counts_PE.shape == (P, E) and counts_PE.stride(1) == 1
     own, sent, target = selected_TK.new_empty((3, T, K), dtype=torch.int32)
+    blocks, block_p = triton.cdiv(T, _TOKENS), _block_p(P)
+    parcels = selected_TK.new_empty((blocks, block_p), dtype=torch.int32)
     if T:
-        blocks, block_p = triton.cdiv(T, _TOKENS), _block_p(P)
         block_e = triton.next_power_of_2(E)
-        end_EP, shift_EP = tokens_EP.new_empty((2, E, P))
+        end_EP, shift_EP = selected_TK.new_empty((2, E, P), dtype=torch.int32)
         _run_kernel[(1,)](
-            *(tokens_EP, before_E, own_E, end_EP, shift_EP, E, P, block_e, block_p),
+            *(counts_PE, tokens_EP.contiguous(), end_EP, shift_EP, counts_PE.stride(0), rank),
+            *(E, P, block_e, block_p),
             num_warps=16 if block_e * block_p > 4096 else 4,
         )
-        parcels = selected_TK.new_empty((blocks, block_p), dtype=torch.int32)
         _address_kernel[(blocks,)](
             *(selected_TK.contiguous(), position_TK.contiguous(), end_EP, shift_EP),
-            *(own, sent, target, parcels, T, rank, P, K, _TOKENS, block_p),
+            *(own, sent, target, parcels, T, rank, E, P, K, _TOKENS, block_p),
             num_warps=4,
         )
-        _place_kernel[(blocks,)](
-            *(sent, parcels, first_P, T, P, K, _TOKENS, block_p), BLOCK_B=32, num_warps=4
+    return own, sent, target, parcels
+
+
+def place_parcels(sent_TK: torch.Tensor, parcels: torch.Tensor, first_P: torch.Tensor) -> None:
+    """Give each parcel its place in the send buffer.
+
+    Args:
+        sent_TK: int32 [T, K], from `address_copies`, changed in place: ranks p become places u.
+            Places of a rank are given in token order.
+        parcels: from `address_copies`.
+        first_P: [P] int32: the first place of each rank's parcels.
+    """
+    (T, K), P = sent_TK.shape, first_P.shape[0]
+    if T:
+        _place_kernel[(len(parcels),)](
+            *(sent_TK, parcels, first_P, T, P, K, _TOKENS, parcels.shape[1]),
+            BLOCK_B=32,
+            num_warps=4,
         )
-    return own, sent, target
 
 
 def label_parcels(
@@ -244,7 +265,7 @@ def label_parcels(
     """Write on each parcel which rows its copies are, and their values.
 
     Args:
-        sent_TK, target_TK: as from `address_copies`.
+        sent_TK, target_TK: as from `address_copies` and `place_parcels`.
         values_TK: [T, K], any float dtype.
         targets_UK: [U + 1, K] int32, any row stride, changed in place: the row of each copy, -1 for
             choices that this parcel does not serve and for parcels that no token uses.

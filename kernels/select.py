@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import grouped_gemm, reference
 
 CHOICES = ("auto", "triton", "torch")
 
@@ -22,22 +22,49 @@ class KernelSet(NamedTuple):
     """`"triton"` or `"torch"`."""
     count_copies: Callable
     address_copies: Callable
+    place_parcels: Callable
     label_parcels: Callable
     scatter_rows: Callable
     sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
+    gate_up: Callable
+    """In `grouped_gemm.py`, like the next three."""
+    product: Callable
+    """`grouped_gemm.grouped_gemm`."""
+    gradient_of_rows: Callable
+    gradient_of_weights: Callable
+    """`grouped_gemm.grouped_gemm_weight_gradient`."""
+    plan_lla: Callable | None
+    """The planner "lla" on the device (`planner.py`); None: the host plans."""
 
 
 def _torch_kernels() -> KernelSet:
-    return KernelSet("torch", **{name: getattr(reference, name) for name in KernelSet._fields[1:]})
+    return KernelSet(
+        "torch",
+        count_copies=reference.count_copies,
+        address_copies=reference.address_copies,
+        place_parcels=reference.place_parcels,
+        label_parcels=reference.label_parcels,
+        scatter_rows=reference.scatter_rows,
+        sum_rows=reference.sum_rows,
+        swiglu_forward=reference.swiglu_forward,
+        swiglu_backward=reference.swiglu_backward,
+        gate_up=grouped_gemm.gate_up,
+        product=grouped_gemm.grouped_gemm,
+        gradient_of_rows=grouped_gemm.gradient_of_rows,
+        gradient_of_weights=grouped_gemm.grouped_gemm_weight_gradient,
+        plan_lla=None,
+    )
 
 
 def _triton_kernels() -> KernelSet:
-    from . import counts, routes, rows, swiglu
+    from . import counts, planner, products, routes, rows, swiglu
 
-    found = {**vars(counts), **vars(routes), **vars(rows), **vars(swiglu)}
-    return KernelSet("triton", **{name: found[name] for name in KernelSet._fields[1:]})
+    found = {}
+    for module in (counts, planner, products, routes, rows, swiglu):
+        found |= vars(module)
+    return KernelSet("triton", *(found[name] for name in KernelSet._fields[1:]))
 
 
 def _compiled() -> bool:

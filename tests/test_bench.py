@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from launcher import ROOT, environment
 
 from ds_llep import cli
@@ -46,11 +47,13 @@ def settings(**changes) -> Settings:
     return Settings(**values)
 
 
+def device() -> torch.device:
+    """This rank's."""
+    return torch.device(get_accelerator().current_device_name())
+
+
 def run_session(**changes) -> list[dict]:
-    device = torch.device(torch.get_default_device())
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return Session(settings(**changes), device, MACHINE).run()
+    return Session(settings(**changes), device(), MACHINE).run()
 
 
 WORKLOADS = ["50:2", "2:local", "ragged", "empty", "rotating", "zipf:1"]
@@ -202,6 +205,8 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
         ('--llep {"lambda":2}', 'unknown key "llep.lambda"'),
         ('--llep {"weight_source":"shards"}', "needs the shards of ZeRO-3"),
         ("--max_tokens_factor 0.5", '"llep.capacity_factor"'),
+        ("--reserved --breakdown", "leave out --breakdown"),
+        ("--reserved --parts forward", "leave out --breakdown, --machine and --parts"),
         ("--repeats 0", "--repeats 0; valid is 1 or more"),
         ("--ranks 0", "--ranks 0; valid is 1 or more"),
         ("--ranks 3 --ep-size 2", "EP size 2 must divide both the 3 ranks"),

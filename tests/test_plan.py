@@ -504,8 +504,8 @@ def test_a_plan_cannot_be_changed():
 
 
 def test_a_plan_leaves_its_callers_arrays_writeable():
-    arrays = np.array([[5, 5]]), np.array([[5], [5]]), np.array([10])
-    Plan(arrays[0], arrays[1], (), arrays[2], bypassed=True)
+    arrays = np.array([[5, 5]]), np.array([[5], [5]])
+    Plan(arrays[0], arrays[1], bypassed=True)
     assert all(array.flags.writeable for array in arrays)
 
 

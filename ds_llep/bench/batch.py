@@ -31,24 +31,27 @@ class Batch:
     ) -> None:
         self._workload = parse(workload, shape.num_experts // ep_size)
         self._shape, self._ep_size, self._seed, self._like = shape, ep_size, seed, like
-        # Kept, since every mode runs the same steps.
-        self.ids = functools.lru_cache(None)(self._ids)
-        self.ids(0, 0)
+        # Kept, since every mode runs the same steps; on the host, since device memory is measured.
+        self._ids = functools.lru_cache(None)(self._draw_ids)
+        self._ids(0, 0)
+
+    def ids(self, step: int, layer: int) -> torch.Tensor:
+        """int64 ``[T, K]``: the experts of each token."""
+        return self._ids(step, layer).to(self._like.device)
 
     def tokens(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and output gradient, each ``[1, T, D]``; T may change from step to step."""
         like, D = self._like, self._shape.hidden_size
         seed = self._seed * 1000 + dist.get_rank()
-        return _tokens(len(self.ids(step, 0)), D, seed, like.dtype, like.device)
+        return _tokens(len(self._ids(step, 0)), D, seed, like.dtype, like.device)
 
     def counts_PE(self, step: int, layer: int) -> np.ndarray:
         """int64 ``[P, E]`` of this rank's EP group."""
         first = dist.get_rank() // self._ep_size * self._ep_size
         return self._workload.counts_PE(self._ep_size, self._draw(step, layer, first))
 
-    def _ids(self, step: int, layer: int) -> torch.Tensor:
-        ids_TK = self._workload.expert_ids(self._draw(step, layer, dist.get_rank()))
-        return torch.from_numpy(ids_TK).to(self._like.device)
+    def _draw_ids(self, step: int, layer: int) -> torch.Tensor:
+        return torch.from_numpy(self._workload.expert_ids(self._draw(step, layer, dist.get_rank())))
 
     def _draw(self, step: int, layer: int, source: int) -> Draw:
         E, K, tokens = self._shape.num_experts, self._shape.top_k, self._shape.tokens

@@ -54,6 +54,26 @@ def peak_bytes(work: Callable[[], object]) -> int:
         return int(agreed_max(memory.peak() - before))
 
 
+def reset_allocator() -> None:
+    """Make the caching allocator give back what it does not need, and count peaks from here."""
+    get_accelerator().empty_cache()
+    get_accelerator().reset_peak_memory_stats()
+
+
+def allocator_peaks() -> dict[str, int | None]:
+    """Since :func:`reset_allocator`, of the hungriest rank; None on the CPU, which caches nothing.
+
+    All ranks call.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return {"peak_allocated_bytes": None, "peak_reserved_bytes": None}
+    return {
+        "peak_allocated_bytes": int(agreed_max(accelerator.max_memory_allocated())),
+        "peak_reserved_bytes": int(agreed_max(accelerator.max_memory_reserved())),
+    }
+
+
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     """Frobenius norm of the difference, relative to that of ``exact``; all ranks call.
 

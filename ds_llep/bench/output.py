@@ -57,6 +57,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def gigabytes(nbytes: int | None) -> str:
+    """A cell: bytes in GB, or a dash where they were not counted."""
+    return "-" if nbytes is None else f"{nbytes / 1e9:.3g}"
+
+
 def check_writable(path: str | None) -> None:
     """Find out before a long run that its results could not be kept.
 

@@ -214,7 +214,7 @@ class Rates:
         system = System(machine, machine.ranks_per_node, machine.dtype)
         found = {}
         for mode, prefix in (("ep", "autoep_"), ("llep", "")):
-            switch(stack, mode)
+            switch(stack.layers, mode)
             took = self._seconds(forward)
             backward = self._seconds(lambda: results(stack, *batch.tokens(0))) - took
             explained = step_cost(mode, counts, config, system)

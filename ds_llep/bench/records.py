@@ -47,15 +47,33 @@ class Settings:
             ValueError: an EP size or a workload that does not fit.
         """
         shape, ep_size = self.shape, self.ep_size or ranks
-        if ep_size < 1 or ranks % ep_size or shape.num_experts % ep_size:
-            raise ValueError(
-                f"EP size {ep_size} must divide both the {ranks} ranks and the "
-                f"{shape.num_experts} experts"
-            )
+        check_ep_size(ep_size, ranks, shape.num_experts)
         for name in self.workloads:
             E, K, tokens = shape.num_experts, shape.top_k, shape.tokens
             draw = Draw(E, K, tokens, source=0, layer=0, step=0, seed=self.seed)
             parse(name, E // ep_size).counts(draw)
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """What ``dtype`` means on a device."""
+        auto = "float32" if device.type == "cpu" else "bfloat16"
+        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
+
+    def points(self) -> list[tuple[str, str]]:
+        """(workload, mode) in the order in which they are measured."""
+        points = [(w, m) for w in self.workloads for m in ("ep", "llep") if m in self.modes]
+        return [("balanced", "ep_balanced")] * ("ep_balanced" in self.modes) + points
+
+
+def check_ep_size(ep_size: int, ranks: int, num_experts: int) -> None:
+    """Find an EP size that cannot be.
+
+    Raises:
+        ValueError: it does not divide the ranks and the experts.
+    """
+    if ep_size < 1 or ranks % ep_size or num_experts % ep_size:
+        raise ValueError(
+            f"EP size {ep_size} must divide both the {ranks} ranks and the {num_experts} experts"
+        )
 
 
 def read_section(text: str) -> LLEPConfig:
@@ -71,12 +89,11 @@ def read_section(text: str) -> LLEPConfig:
     return LLEPConfig.from_ds_config({"llep": section})
 
 
-def new_record(
+def conditions(
     settings: Settings, workload: str, mode: str, ranks: int, ep_size: int, dtype: torch.dtype
 ) -> dict:
-    """A record of which nothing is measured yet."""
+    """What is measured under which conditions, the part of a record that is known before."""
     return {
-        "kind": "bench",
         "shape": settings.shape_name,
         **asdict(settings.shape),
         "layers": settings.layers,
@@ -90,6 +107,16 @@ def new_record(
         "repeats": settings.repeats,
         "zero_stage": settings.zero_stage if "step" in settings.parts else None,
         "llep": settings.llep.model_dump(mode="json") if mode == "llep" else None,
+    }
+
+
+def new_record(
+    settings: Settings, workload: str, mode: str, ranks: int, ep_size: int, dtype: torch.dtype
+) -> dict:
+    """A record of which nothing is measured yet."""
+    return {
+        "kind": "bench",
+        **conditions(settings, workload, mode, ranks, ep_size, dtype),
         "autoep": None,
         "errors": None,
         "forward_ms": None,

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import torch
 
-from ds_llep.bench import compare, machine, output, ranks
+from ds_llep.bench import compare, machine, output, ranks, reserved
 from ds_llep.bench.records import MODES, PARTS, Settings, read_section
 from ds_llep.bench.session import Session, WrongResults
 from ds_llep.bench.shapes import PRESETS, Shape, preset
@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_tokens_factor", type=float, help="the published name of llep.capacity_factor")
     add("--min_tokens_per_gemm", type=int, help="llep.min_tokens_per_gemm")
     add("--breakdown", action="store_true", help="where llep's time goes, part by part")
+    add(
+        "--reserved",
+        action="store_true",
+        help="in place of times: memory that the allocator has reserved as the repeats go by",
+    )
     add("--machine", metavar="FILE", help="rates of ds-llep calibrate for the floors, not measured")
     add("--json", metavar="FILE", help="append a line for each result")
     add("--compare", nargs=2, metavar="FILE", help="compare two files of results, measure nothing")
@@ -87,9 +92,11 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, settings: Settings, device: torch.device) -> int:
     """The whole bench on this rank; the exit code."""
-    session = Session(settings, device, args.machine)
     try:
-        records = session.run()
+        if args.reserved:
+            records = reserved.measure(settings, device)
+        else:
+            records = Session(settings, device, args.machine).run()
     except WrongResults as error:
         if ranks.is_first():
             print(f"ds-llep bench: {error}", file=sys.stderr)
@@ -100,7 +107,10 @@ def measure(args: argparse.Namespace, settings: Settings, device: torch.device) 
     about = {"versions": output.versions(), "commit": output.commit(), "command": command}
     records = [{**record, **about} for record in records]
     failed = output.append_json(args.json, records)
-    show(settings, records)
+    if args.reserved:
+        reserved.show(title(settings, records[0]), records)
+    else:
+        show(settings, records)
     return failed
 
 
@@ -123,6 +133,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
         raise ValueError(
             '--llep: "weight_source": "shards" needs the shards of ZeRO-3, and the layers timed '
             "here are whole; python -m ds_llep.bench.memory measures a model with them"
+        )
+    if args.reserved and (args.breakdown or args.machine or args.parts != "forward,backward"):
+        raise ValueError(
+            "--reserved takes no times, and runs forward and backward: leave out --breakdown, "
+            "--machine and --parts"
         )
     for name in ("layers", "repeats"):
         if getattr(args, name) < 1:
@@ -154,17 +169,21 @@ def some_of(option: str, text: str, valid: tuple[str, ...]) -> list[str]:
     return [name for name in valid if name in names]
 
 
+def title(settings: Settings, record: dict) -> str:
+    """What all results have in common."""
+    name = settings.shape_name or "a shape of its own"
+    return (
+        f"{name}: {describe(settings.shape)}; {record['layers']} layer(s), EP {record['ep_size']} "
+        f"of {record['ranks']} ranks, {record['dtype']}, {record['device']}, torch "
+        f"{record['versions']['torch']}"
+    )
+
+
 def show(settings: Settings, records: list[dict]) -> None:
     """The results as a table, and each breakdown as one of its own."""
     if not records:
         return
-    first = records[0]
-    name = settings.shape_name or "a shape of its own"
-    title = (
-        f"{name}: {describe(settings.shape)}; {first['layers']} layer(s), EP {first['ep_size']} of "
-        f"{first['ranks']} ranks, {first['dtype']}, {first['device']}, torch "
-        f"{first['versions']['torch']}; ms are medians of {first['repeats']}, slowest rank"
-    )
+    heading = f"{title(settings, records[0])}; ms are medians of {settings.repeats}, slowest rank"
     columns = ["workload", "mode", "load ratio", "spilled"]
     columns += ["forward ms", "fwd+bwd ms", "step ms", "peak GB", "/ ep", "/ balanced", "/ floor"]
     rows = []
@@ -185,7 +204,7 @@ def show(settings: Settings, records: list[dict]) -> None:
                 output.number(record["ratio_to_floor"]),
             ]
         )
-    output.table(title, columns, rows)
+    output.table(heading, columns, rows)
     for record in records:
         if record["breakdown_ms"] is not None:
             show_breakdown(record)

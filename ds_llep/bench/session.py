@@ -57,12 +57,9 @@ class Session:
         self.ep_size = settings.ep_size or self.world
         shape = settings.shape
         settings.check(self.world)
-        auto = "float32" if device.type == "cpu" else "bfloat16"
-        self.dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
+        self.dtype = settings.torch_dtype(device)
         like = torch.empty(0, dtype=self.dtype, device=device)
-        points = [(w, m) for w in settings.workloads for m in ("ep", "llep") if m in settings.modes]
-        if "ep_balanced" in settings.modes:
-            points.insert(0, ("balanced", "ep_balanced"))
+        points = settings.points()
         self.batches = {
             workload: Batch(workload, shape, self.ep_size, settings.seed, like)
             for workload, _ in points
@@ -124,11 +121,11 @@ class Session:
         wide = WIDER[self.dtype]
         tokens = self.batches[workload].tokens(0)
         with widened(stack, wide):
-            switch(stack, "ep")
+            switch(stack.layers, "ep")
             exact = results(stack, *(tensor.to(wide) for tensor in tokens))
         errors = {}
         for mode in ("ep", "llep"):
-            switch(stack, mode)
+            switch(stack.layers, mode)
             found = results(stack, *tokens)
             errors[mode] = {name: relative_error(found[name], exact[name]) for name in exact}
             del found
@@ -172,13 +169,13 @@ class Session:
             return results(stack, *batch.tokens(step))
 
         work = both if "backward" in settings.parts else forward
-        switch(stack, "llep" if mode == "llep" else "ep")
+        switch(stack.layers, "llep" if mode == "llep" else "ep")
         if mode != "llep":
             choices = variants(self.section)
             if len(choices) > 1:
                 choices.sort(key=lambda choice: self._time_variant(stack, choice, work, prepare))
             record["autoep"] = choices[0]
-            set_variant(stack, choices[0])
+            set_variant(stack.layers, choices[0])
         if "forward" in settings.parts:
             record["forward_ms"] = milliseconds(forward, settings.repeats, prepare)
         if "backward" in settings.parts:
@@ -190,7 +187,7 @@ class Session:
                 self._break_down(record, workload, work, prepare)
 
     def _time_variant(self, stack: Stack, variant: dict, work: Callable, prepare) -> float:
-        set_variant(stack, variant)
+        set_variant(stack.layers, variant)
         return milliseconds(work, self.settings.repeats, prepare)
 
     def _break_down(self, record: dict, workload: str, work: Callable, prepare) -> None:
@@ -222,9 +219,9 @@ class Session:
         """A whole optimizer step of a DeepSpeed engine."""
         record, batch = self.records[workload, mode], self.batches[workload]
         stack, step = engine.module, 0
-        switch(stack, "llep" if mode == "llep" else "ep")
+        switch(stack.layers, "llep" if mode == "llep" else "ep")
         if mode != "llep":
-            set_variant(stack, record["autoep"])
+            set_variant(stack.layers, record["autoep"])
 
         def prepare(next_step: int) -> None:
             nonlocal step

@@ -7,7 +7,7 @@ parameters, optimizer and memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import deepspeed
@@ -102,25 +102,32 @@ def shard(stack: Stack, section: dict, config: LLEPConfig) -> Statistics:
     return adopt(named, config, Exchange.of_home_ranks(ep_group, cache=config.weight_cache))
 
 
-def make_engine(stack: Stack, section: dict, config: LLEPConfig, dtype: torch.dtype, stage: int):
-    """A DeepSpeed engine around the stack: ZeRO, AdamW, AutoEP's layers and llep."""
+def make_engine(
+    model: torch.nn.Module,
+    section: dict,
+    config: LLEPConfig,
+    dtype: torch.dtype,
+    stage: int,
+    **adam,
+):
+    """A DeepSpeed engine around a stack or a whole model: ZeRO, AdamW, AutoEP's layers and llep."""
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 1_000_000,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True, **adam}},
         "zero_optimization": {"stage": stage},
         "expert_parallel": section,
         "llep": config.model_dump(mode="json"),
     }
     if dtype == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
-    parameters = stack.parameters()
-    return deepspeed.initialize(model=stack, model_parameters=parameters, config=settings)[0]
+    parameters = model.parameters()
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=settings)[0]
 
 
-def switch(stack: Stack, mode: str) -> None:
-    """Let the stack's layers run as AutoEP's (``"ep"``) or as llep's (``"llep"``)."""
-    for layer in stack.layers:
+def switch(layers: Iterable[AutoEPMoELayer], mode: str) -> None:
+    """Let layers that llep has adopted run as AutoEP's (``"ep"``) or as llep's (``"llep"``)."""
+    for layer in layers:
         layer.__class__, layer.experts.__class__ = CLASSES[mode]
 
 
@@ -148,9 +155,9 @@ def variants(section: dict) -> list[dict]:
     return choices
 
 
-def set_variant(stack: Stack, variant: dict) -> None:
+def set_variant(layers: Iterable[AutoEPMoELayer], variant: dict) -> None:
     """Let AutoEP's layers run with these options."""
-    for layer in stack.layers:
+    for layer in layers:
         layer.async_split_plan = variant["async_split_plan"]
         layer.experts.gate_up_impl = variant["gate_up_impl"]
 

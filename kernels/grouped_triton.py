@@ -1,0 +1,219 @@
+"""Grouped products of an MoE layer's experts, fused where PyTorch's grouped product is not.
+
+Gate and up are one product, which reads the rows once; the gradient of the rows is the sum of two
+products, rounded once; the weight gradient is written where it belongs and takes no longer for one
+large group than for many small ones. The trade-off against `grouped_gemm.py`: Hopper, bf16 and fp16
+only, rows and matrices aligned to 16 bytes (`supported`), and one tiling instead of a library's
+choice.
+
+Shape letters: G groups, N rows, D hidden size, F expert FFN size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .grouped_triton_rows import (
+    _gate_up_kernel,
+    _product_kernel,
+    can_pair,
+    clipped,
+    pair,
+    plain,
+    row_tiles,
+)
+from .grouped_triton_wgrad import _wgrad_kernel, add_parts, schedule
+
+_ALIGNMENT_BYTES = 16
+_INTERPRETED_PROGRAMS = 7
+
+
+class Tiling(NamedTuple):
+    """How a product is cut: tile, rows and columns of the result and depth of a step."""
+
+    block_m: int
+    block_n: int
+    """For `gate_up` the columns of both together."""
+    block_k: int
+    warps: int
+    stages: int
+    """Steps whose operands are under way or in use."""
+    band: int
+    """Rows of tiles that are worked on together."""
+
+
+HOPPER = Tiling(128, 256, 64, warps=8, stages=4, band=8)
+"""The best of those measured for nearly every shape and product (docs/performance.md); never one of
+several by row counts, as each would be compiled in the middle of training."""
+
+
+def supported(*operands: torch.Tensor) -> bool:
+    """Whether these kernels take such operands."""
+    return all(
+        operand.dtype in (torch.bfloat16, torch.float16)
+        and operand.stride(-1) == 1
+        and operand.data_ptr() % _ALIGNMENT_BYTES == 0
+        and all(s * operand.element_size() % _ALIGNMENT_BYTES == 0 for s in operand.stride()[:-1])
+        and operand.shape[-1] * operand.element_size() % _ALIGNMENT_BYTES == 0
+        for operand in operands
+    )
+
+
+def gate_up(
+    rows_ND: torch.Tensor,
+    w1_GFD: torch.Tensor,
+    w3_GFD: torch.Tensor,
+    counts: Sequence[int],
+    tiling: Tiling = HOPPER,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each group's rows times the transposes of its two matrices.
+
+    Args:
+        rows_ND: [N, D], group after group.
+        w1_GFD, w3_GFD: [G, F, D], one layout (`can_pair`); the group stride may be anything.
+        counts: rows of each group; their sum is N.
+        tiling: how it is cut.
+
+    Returns:
+        gate and up, each [N, F].
+    """
+    assert supported(rows_ND, w1_GFD, w3_GFD) and can_pair(w1_GFD, w3_GFD)
+    (N, D), F = rows_ND.shape, w1_GFD.shape[1]
+    results = [rows_ND.new_empty((N, F)) for _ in range(2)]
+    if N == 0:
+        return tuple(results)
+    columns = tiling.block_n // 2
+    tiles = row_tiles(counts, tiling.block_m, rows_ND.device)
+    matrices, swapped = pair(w1_GFD, w3_GFD, (1, columns, tiling.block_k))
+    targets = [clipped(x, (tiling.block_m, columns)) for x in results]
+    column_tiles = triton.cdiv(F, columns)
+    _gate_up_kernel[_grid(len(tiles) * column_tiles, rows_ND)](
+        plain(rows_ND, (tiling.block_m, tiling.block_k)),
+        *(matrices, *(reversed(targets) if swapped else targets), tiles),
+        *(len(tiles), column_tiles, triton.cdiv(D, tiling.block_k)),
+        **_meta(tiling, BLOCK_N=columns),
+    )
+    return tuple(results)
+
+
+def product(
+    rows_ND: torch.Tensor,
+    weights_GFD: torch.Tensor,
+    counts: Sequence[int],
+    transpose: bool = True,
+    tiling: Tiling = HOPPER,
+) -> torch.Tensor:
+    """What `grouped_gemm` computes, with the same arguments."""
+    return _product([rows_ND], [weights_GFD], counts, transpose, tiling)
+
+
+def dgrad(
+    grad_gate_NF: torch.Tensor,
+    w1_GFD: torch.Tensor,
+    grad_up_NF: torch.Tensor,
+    w3_GFD: torch.Tensor,
+    counts: Sequence[int],
+    tiling: Tiling = HOPPER,
+) -> torch.Tensor:
+    """`grad_gate @ w1 + grad_up @ w3` for each group, summed in fp32 and rounded once.
+
+    Args:
+        grad_gate_NF, grad_up_NF: [N, F], group after group.
+        w1_GFD, w3_GFD: [G, F, D]; the group stride may be anything.
+        counts: rows of each group; their sum is N.
+        tiling: how it is cut.
+
+    Returns:
+        [N, D].
+    """
+    return _product([grad_gate_NF, grad_up_NF], [w1_GFD, w3_GFD], counts, False, tiling)
+
+
+def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.Tensor:
+    assert supported(*rows, *matrices)
+    N, K = rows[0].shape
+    columns = matrices[0].shape[1 if transpose else 2]
+    out = rows[0].new_empty((N, columns))
+    if N == 0:
+        return out
+    tiles = row_tiles(counts, tiling.block_m, out.device)
+    right = (tiling.block_n, tiling.block_k) if transpose else (tiling.block_k, tiling.block_n)
+    lefts = [plain(x, (tiling.block_m, tiling.block_k)) for x in rows]
+    rights = [plain(x, (1, *right)) for x in matrices]
+    column_tiles = triton.cdiv(columns, tiling.block_n)
+    _product_kernel[_grid(len(tiles) * column_tiles, out)](
+        *(lefts[0], lefts[-1], rights[0], rights[-1]),
+        *(clipped(out, (tiling.block_m, tiling.block_n // 2)), tiles),
+        *(len(tiles), column_tiles, triton.cdiv(K, tiling.block_k)),
+        TRANSPOSE=transpose,
+        SUM_OF_TWO=len(rows) == 2,
+        **_meta(tiling),
+    )
+    return out
+
+
+def wgrad(
+    grad_NF: torch.Tensor,
+    rows_ND: torch.Tensor,
+    counts: Sequence[int],
+    out: torch.Tensor | None = None,
+    tiling: Tiling = HOPPER,
+) -> torch.Tensor:
+    """`grad.T @ rows` for each group; zero for groups without rows.
+
+    Args:
+        grad_NF, rows_ND: [N, F] and [N, D], group after group.
+        counts: rows of each group; their sum is N.
+        out: [G, F, D] to write to; its group stride may be anything.
+        tiling: how it is cut.
+
+    Returns:
+        `out`, or a new tensor.
+    """
+    F, D = grad_NF.shape[1], rows_ND.shape[1]
+    if out is None:
+        out = rows_ND.new_empty((len(counts), F, D))
+    assert supported(grad_NF, rows_ND, out) and out.shape == (len(counts), F, D)
+    if len(rows_ND) == 0:
+        return out.zero_()
+    block_m, block_n, block_k = tiling[:3]
+    device, programs = rows_ND.device, _programs(rows_ND)
+    row_tiles_, column_tiles = triton.cdiv(F, block_m), triton.cdiv(D, block_n)
+    grid = (row_tiles_, column_tiles)
+    whole, cut = schedule(counts, row_tiles_ * column_tiles, block_k, programs)
+    operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
+    if whole.num_items:
+        _wgrad_kernel[_grid(whole.num_items, rows_ND)](
+            *(*operands, plain(out, (1, block_m, tiling.block_n // 2))),
+            *(*whole.tables(device), whole.num_items, *grid),
+            PARTS=False,
+            **_meta(tiling),
+        )
+    if cut.num_items:
+        parts = torch.empty((cut.num_items, block_m, block_n), dtype=torch.float32, device=device)
+        tables = cut.tables(device)
+        _wgrad_kernel[_grid(cut.num_items, rows_ND)](
+            *(*operands, plain(parts, (1, block_m, block_n // 4)), *tables, cut.num_items, *grid),
+            PARTS=True,
+            **_meta(tiling),
+        )
+        add_parts(parts, out, cut, tables, grid, tiling.band)
+    return out
+
+
+def _meta(tiling: Tiling, **changes: int) -> dict[str, int]:
+    meta = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
+    meta |= {"BAND": tiling.band, "num_warps": tiling.warps, "num_stages": tiling.stages}
+    return meta | changes
+
+
+def _programs(x: torch.Tensor) -> int:
+    if not x.is_cuda:
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def _grid(items: int, x: torch.Tensor) -> tuple[int]:
+    return (min(items, _programs(x)),)

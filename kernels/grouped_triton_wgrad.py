@@ -1,0 +1,253 @@
+"""Grouped weight gradients, `grad.T @ rows` for each group, as one persistent TMA kernel.
+
+Tiles of one group take equally long, and those of a large group long: with one group that has all
+rows, 276 tiles on 132 multiprocessors take as long as 396 would. So groups are worked on from large
+to small, and the tiles of large groups that do not fill a round of all multiprocessors are cut
+along the rows, as Stream-K does (arXiv 2301.03598). Each part is summed in fp32 to memory of its
+own, and a second kernel adds the parts, always in the same order: the same bits on every run. The
+price is that memory and the time to read it back; small groups are never cut.
+
+Shape letters: G groups, N rows, F and D widths. No function of Triton's own library is called;
+`rows.py` says why.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .grouped_triton_rows import _tile_at
+from .tables import to_device
+
+# What a part costs beside its rows, in steps: writing 128 KB of fp32 and reading it back.
+_PART_OVERHEAD = 8
+_MOST_PARTS = 16
+_TILES_PER_PROGRAM = 16
+_ALIKE = 0.9
+_HEIGHT = 16
+
+
+@triton.jit
+def _store_quarters(target, value, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a tile to a slot, a quarter of the columns at a time to save shared memory."""
+    half: tl.constexpr = BLOCK_N // 2
+    quarter: tl.constexpr = BLOCK_N // 4
+    left, right = value.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
+    first, second = left.reshape([BLOCK_M, 2, quarter]).permute(0, 2, 1).split()
+    target.store([slot, 0, 0], first.reshape([1, BLOCK_M, quarter]))
+    target.store([slot, 0, quarter], second.reshape([1, BLOCK_M, quarter]))
+    first, second = right.reshape([BLOCK_M, 2, quarter]).permute(0, 2, 1).split()
+    target.store([slot, 0, half], first.reshape([1, BLOCK_M, quarter]))
+    target.store([slot, 0, half + quarter], second.reshape([1, BLOCK_M, quarter]))
+
+
+@triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles"])
+def _wgrad_kernel(
+    grad,
+    rows,
+    out,
+    items_ptr,
+    segments_ptr,
+    num_items,
+    num_row_tiles,
+    num_column_tiles,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    wrap: tl.constexpr = 1073741824
+    half: tl.constexpr = BLOCK_N // 2
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=True):
+        segment_ptr = segments_ptr + 8 * tl.load(items_ptr + item)
+        group = tl.load(segment_ptr)
+        first_row = tl.load(segment_ptr + 1)
+        last_row = tl.load(segment_ptr + 2)
+        nth = item - tl.load(segment_ptr + 3)
+        tile = tl.load(segment_ptr + 4)
+        start = first_row
+        stop = last_row
+        if PARTS:
+            parts = tl.load(segment_ptr + 6)
+            part_rows = tl.load(segment_ptr + 7)
+            tile += nth // parts
+            start += nth % parts * part_rows
+            stop = start + part_rows
+            stop = tl.where(stop < last_row, stop, last_row)
+        else:
+            tile += nth
+        row_tile, column_tile = _tile_at(tile, num_row_tiles, num_column_tiles, BAND)
+        f = row_tile * BLOCK_M
+        d = column_tile * BLOCK_N
+        # A group without rows takes one step, in which all is out of range and reads as zero.
+        steps = (stop - start + BLOCK_K - 1) // BLOCK_K
+        steps = tl.where(steps > 1, steps, 1)
+        tl.assume(steps > 0)
+        total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+        for step in range(steps):
+            n = wrap - stop + start + step * BLOCK_K
+            a = grad.load([wrap, stop, n, f]).reshape([BLOCK_K, BLOCK_M]).T
+            b = rows.load([wrap, stop, n, d]).reshape([BLOCK_K, BLOCK_N])
+            total = tl.dot(a, b, total)
+        if PARTS:
+            _store_quarters(out, total, item, BLOCK_M, BLOCK_N)
+        else:
+            left, right = total.reshape([BLOCK_M, 2, half]).permute(0, 2, 1).split()
+            out.store([group, f, d], left.to(out.dtype).reshape([1, BLOCK_M, half]))
+            out.store([group, f, d + half], right.to(out.dtype).reshape([1, BLOCK_M, half]))
+
+
+@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles"])
+def _add_parts_kernel(
+    parts_ptr,
+    out,
+    first_items_ptr,
+    items_ptr,
+    segments_ptr,
+    num_row_tiles,
+    num_column_tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BAND: tl.constexpr,
+    HEIGHT: tl.constexpr,
+):
+    """One program adds HEIGHT rows of one tile over its parts."""
+    item = tl.load(first_items_ptr + tl.program_id(0))
+    segment_ptr = segments_ptr + 8 * tl.load(items_ptr + item)
+    group = tl.load(segment_ptr)
+    parts = tl.load(segment_ptr + 6)
+    tile = tl.load(segment_ptr + 4) + (item - tl.load(segment_ptr + 3)) // parts
+    row_tile, column_tile = _tile_at(tile, num_row_tiles, num_column_tiles, BAND)
+    row = tl.program_id(1) * HEIGHT
+    within = (row + tl.arange(0, HEIGHT))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    part_ptr = parts_ptr + item.to(tl.int64) * (BLOCK_M * BLOCK_N)
+    total = tl.full([HEIGHT, BLOCK_N], 0.0, tl.float32)
+    for _ in range(parts):
+        total += tl.load(part_ptr + within)
+        part_ptr += BLOCK_M * BLOCK_N
+    value = total.to(out.dtype).reshape([1, HEIGHT, BLOCK_N])
+    out.store([group, row_tile * BLOCK_M + row, column_tile * BLOCK_N], value)
+
+
+class Segment(NamedTuple):
+    """Consecutive items of work: tiles of one group, each in `parts` parts of `part_rows` rows."""
+
+    group: int
+    first_row: int
+    last_row: int
+    first_item: int
+    first_tile: int
+    num_tiles: int
+    parts: int
+    part_rows: int
+
+
+class Work(NamedTuple):
+    """Items in the order in which they are taken: program p takes p, p + programs, ..."""
+
+    segments: list[Segment]
+    num_items: int
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The segment of each item, and the segments; int32."""
+        sizes = [segment.num_tiles * segment.parts for segment in self.segments]
+        # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
+        segment_of_item = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        segments = np.array(self.segments, dtype=np.int32)
+        return to_device(segment_of_item, device), to_device(segments, device)
+
+
+def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> tuple[Work, Work]:
+    """What is computed whole and what in parts.
+
+    Args:
+        counts: rows of each group.
+        tiles: tiles of each group's result.
+        block_k: rows of one step.
+        programs: how many run at the same time.
+    """
+    stops = list(accumulate(counts))
+    steps_G = [max(-(-count // block_k), 1) for count in counts]
+    # A tile is long if one more on a program shows in the time of the whole.
+    long = max(sum(steps_G) * tiles // (programs * _TILES_PER_PROGRAM), 2 * _PART_OVERHEAD)
+    order = sorted(range(len(counts)), key=lambda group: -counts[group])
+    whole, cut = [], []
+    while order and steps_G[order[0]] > long:
+        # Groups of about one size fill rounds of all programs together.
+        alike = [group for group in order if steps_G[group] >= _ALIKE * steps_G[order[0]]]
+        order = order[len(alike) :]
+        rest = len(alike) * tiles % programs
+        parts = _best_parts(rest, steps_G[alike[0]], programs)
+        left_over = rest if parts > 1 else 0
+        for group in reversed(alike):
+            num_cut = min(left_over, tiles)
+            left_over -= num_cut
+            cut.append((group, tiles - num_cut, num_cut, parts))
+            whole.append((group, 0, tiles - num_cut, 1))
+    whole.sort(key=lambda item: -counts[item[0]])
+    whole += [(group, 0, tiles, 1) for group in order]
+
+    def work(chosen: list[tuple[int, int, int, int]]) -> Work:
+        segments, item = [], 0
+        for group, first_tile, num_tiles, parts in chosen:
+            rows = stops[group] - counts[group], stops[group]
+            part_rows = -(-steps_G[group] // parts) * block_k
+            segments.append(Segment(group, *rows, item, first_tile, num_tiles, parts, part_rows))
+            item += num_tiles * parts
+        return Work(segments, item)
+
+    return work([w for w in whole if w[2]]), work([c for c in cut if c[2]])
+
+
+def _best_parts(tiles: int, steps: int, programs: int) -> int:
+    """Into how many parts to cut each of these tiles, so that they are done soonest."""
+
+    def time(parts: int) -> int:
+        overhead = _PART_OVERHEAD if parts > 1 else 0
+        return -(-tiles * parts // programs) * (-(-steps // parts) + overhead)
+
+    return min(range(1, _MOST_PARTS + 1), key=time)
+
+
+def add_parts(
+    parts: torch.Tensor,
+    out_GFD: torch.Tensor,
+    cut: Work,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    grid: tuple[int, int],
+    band: int,
+) -> None:
+    """Add the parts of each tile and write them where they belong.
+
+    Args:
+        parts: fp32 [items, block_m, block_n].
+        out_GFD: the result.
+        cut: the work in parts, and `tables` of it.
+        grid: tiles along F and along D.
+        band: of the tiling.
+    """
+    _, block_m, block_n = parts.shape
+    first_items = [
+        item
+        for segment in cut.segments
+        for item in range(
+            segment.first_item,
+            segment.first_item + segment.num_tiles * segment.parts,
+            segment.parts,
+        )
+    ]
+    _add_parts_kernel[(len(first_items), block_m // _HEIGHT)](
+        *(parts, TensorDescriptor.from_tensor(out_GFD, [1, _HEIGHT, block_n])),
+        to_device(np.array(first_items, dtype=np.int32), parts.device),
+        *(*tables, *grid),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BAND=band,
+        HEIGHT=_HEIGHT,
+    )

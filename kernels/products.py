@@ -1,0 +1,62 @@
+"""The matrix products of the experts, each as what is fastest where it runs.
+
+`grouped_gemm.py` has them from PyTorch, for every device and dtype. On Hopper and for 16-bit dtypes
+`grouped_triton.py` fuses them, and is faster for all of them (docs/performance.md).
+
+Shape letters: G groups, N rows, D hidden size, F expert FFN size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from . import grouped_gemm, grouped_triton
+
+
+def gate_up(
+    rows_ND: torch.Tensor, w1_GFD: torch.Tensor, w3_GFD: torch.Tensor, counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `grouped_gemm.gate_up`."""
+    if _fused(rows_ND, w1_GFD, w3_GFD) and grouped_triton.can_pair(w1_GFD, w3_GFD):
+        return grouped_triton.gate_up(rows_ND, w1_GFD, w3_GFD, counts)
+    return grouped_gemm.gate_up(rows_ND, w1_GFD, w3_GFD, counts)
+
+
+def product(
+    rows_ND: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int], transpose: bool = True
+) -> torch.Tensor:
+    """As `grouped_gemm.grouped_gemm`."""
+    if _fused(rows_ND, weights_GFD):
+        return grouped_triton.product(rows_ND, weights_GFD, counts, transpose)
+    return grouped_gemm.grouped_gemm(rows_ND, weights_GFD, counts, transpose)
+
+
+def gradient_of_rows(
+    grad_gate_NF: torch.Tensor,
+    w1_GFD: torch.Tensor,
+    grad_up_NF: torch.Tensor,
+    w3_GFD: torch.Tensor,
+    counts: Sequence[int],
+) -> torch.Tensor:
+    """As `grouped_gemm.gradient_of_rows`."""
+    if _fused(grad_gate_NF, w1_GFD, grad_up_NF, w3_GFD):
+        return grouped_triton.dgrad(grad_gate_NF, w1_GFD, grad_up_NF, w3_GFD, counts)
+    return grouped_gemm.gradient_of_rows(grad_gate_NF, w1_GFD, grad_up_NF, w3_GFD, counts)
+
+
+def gradient_of_weights(
+    grad_NF: torch.Tensor, rows_ND: torch.Tensor, counts: Sequence[int]
+) -> torch.Tensor:
+    """As `grouped_gemm.grouped_gemm_weight_gradient`."""
+    if _fused(grad_NF, rows_ND):
+        return grouped_triton.wgrad(grad_NF, rows_ND, counts)
+    return grouped_gemm.grouped_gemm_weight_gradient(grad_NF, rows_ND, counts)
+
+
+def _fused(*operands: torch.Tensor) -> bool:
+    first = operands[0]
+    return (
+        first.is_cuda
+        and torch.cuda.get_device_capability(first.device)[0] == 9
+        and grouped_triton.supported(*operands)
+    )
