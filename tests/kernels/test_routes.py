@@ -20,8 +20,8 @@ from ds_llep import dispatch as dispatch_room
 from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.kernels import routes
 from ds_llep.kernels.select import select_kernels
-from ds_llep.plan import Plan, Spill
-from ds_llep.route import make_route, sort_copies
+from ds_llep.plan import Plan
+from ds_llep.route import Addresses, make_route, sort_copies
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWIN, TRITON = (select_kernels(name, DEVICE) for name in ("torch", "triton"))
@@ -63,12 +63,7 @@ def arbitrary(ids, E: int) -> Plan:
         if share_P.sum() == 0 or rng.random() < 0.3:
             share_P = np.arange(P) == e // (E // P)
         tokens_EP[e] = rng.multinomial(load, share_P / share_P.sum())
-    spills = tuple(
-        Spill(int(e), int(e // (E // P)), int(p), int(tokens_EP[e, p]))
-        for e, p in np.argwhere(tokens_EP)
-        if p != e // (E // P)
-    )
-    return Plan(counts_PE, tokens_EP, spills, tokens_EP.sum(0), False)
+    return Plan(counts_PE, tokens_EP, bypassed=False)
 
 
 @st.composite
@@ -122,11 +117,20 @@ def reached_of(ids, plan: Plan) -> np.ndarray:
     return np.array([[(i // M == p).any(1).sum() for p in range(P)] for i in ids])
 
 
+def address(ids, plan: Plan, rank: int, kernels) -> Addresses:
+    selected_TK = torch.from_numpy(ids[rank]).to(DEVICE)
+    # As gathered, with other fields behind the counts.
+    counts_PE = torch.from_numpy(np.pad(plan.counts_PE, ((0, 0), (0, 3)))).to(DEVICE)[:, :-3]
+    tokens_EP = torch.tensor(plan.tokens_EP, device=DEVICE)
+    position_TK = sort_copies(selected_TK)
+    found = kernels.address_copies(selected_TK, position_TK, counts_PE, tokens_EP, rank)
+    return Addresses(*found)
+
+
 def route_of(ids, plan: Plan, rank: int, kernels, group=None):
     """A rank's route and maps."""
-    selected_TK = torch.from_numpy(ids[rank]).to(DEVICE)
-    position_TK, reached_PP = sort_copies(selected_TK), reached_of(ids, plan)
-    return make_route(selected_TK, position_TK, reached_PP, plan, rank, group, kernels)
+    addresses, reached_PP = address(ids, plan, rank, kernels), reached_of(ids, plan)
+    return make_route(addresses, reached_PP, plan, rank, group, kernels)
 
 
 def check_splits(ids, plan: Plan, made, goes) -> None:
@@ -207,6 +211,20 @@ def test_256_experts_on_64_ranks(kernels, seed):
     assert plan.spills
     route, maps = route_of(ids, plan, 41, kernels)
     check_maps(maps, route, play(ids, plan), 41)
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 5])
+def test_unknown_experts_get_some_address(P, kernels, seed):
+    """On a rank that exists: the host does not know of the error yet."""
+    ids = draw_ids(P, 2 * P, 3, [20] * P, 3.0, False, seed)
+    plan = arbitrary(ids, 2 * P)
+    rng = np.random.default_rng(seed)
+    unknown = rng.choice([-1, -(2**63), 2 * P, 2**40 + 1, 2**63 - 1], size=(20, 3))
+    for rank in range(P):
+        ids[rank] = np.where(rng.random((20, 3)) < 0.5, unknown, ids[rank])
+        sent_TK = address(ids, plan, rank, kernels).sent_TK
+        to_TK = torch.where(sent_TK < -1, -sent_TK - 2, sent_TK)
+        assert to_TK.min() >= -1 and to_TK.max() < P and (to_TK != rank).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
