@@ -195,18 +195,18 @@ def sum_rows(
     """
     shape, num_home = (len(source_UK), home_ND.shape[1]), len(home_ND)
     y_UD = home_ND.new_zeros(shape, dtype=_accumulation_dtype(home_ND.dtype))
-    parts = [(home_ND, source_UK, 0), (foreign_MD, source_UK, num_home)]
+    sums = [(source_UK, [(home_ND, 0), (foreign_MD, num_home)])]
     if parcels_VD is not None:
-        parts.append((parcels_VD, sent_UK, 0))
-    for rows, index_UK, first in parts:
-        if len(rows) == 0:
-            continue
-        last = first + len(rows)
+        sums.append((sent_UK, [(parcels_VD, 0)]))
+    for index_UK, parts in sums:
         for k in range(index_UK.shape[1]):
             index_U = index_UK[:, k].long()
-            within_U = (index_U >= first) & (index_U < last)
-            row_UD = rows.index_select(0, torch.where(within_U, index_U - first, 0))
-            y_UD += torch.where(within_U.unsqueeze(1), row_UD, 0)
+            for rows, first in parts:
+                if len(rows) == 0:
+                    continue
+                within_U = (index_U >= first) & (index_U < first + len(rows))
+                row_UD = rows.index_select(0, torch.where(within_U, index_U - first, 0))
+                y_UD += torch.where(within_U.unsqueeze(1), row_UD, 0)
     if out_UD is None:
         return y_UD.to(home_ND.dtype)
     return out_UD.copy_(y_UD)

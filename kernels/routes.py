@@ -106,12 +106,12 @@ def _address_kernel(
         e = tl.where((e >= 0) & (e < E), e, 0)  # an error, which the host does not know of yet
         run = e.to(tl.int32) * P
         position = tl.load(position_ptr + copy, mask=t < T, other=0)
-        # The first rank whose run ends behind the position, by bisection.
+        # The first rank whose run ends behind the position, by bisection; or else the last one.
         to = tl.full([BLOCK_T], 0, tl.int32)
         step = BLOCK_P // 2
         while step > 0:
             last = to + step - 1
-            end = tl.load(end_ptr + run + last, mask=(t < T) & (last < P), other=2147483647)
+            end = tl.load(end_ptr + run + last, mask=(t < T) & (last < P - 1), other=2147483647)
             to = tl.where(position < end, to, to + step)
             step = step // 2
         row = position + tl.load(shift_ptr + run + to, mask=t < T, other=0)

@@ -1,18 +1,14 @@
-"""The rooms between plan and layer: routes, bundles, workspace, grouped products, activations."""
+"""The rooms between plan and layer: dispatch on one rank, grouped products, activations."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ds_llep import LLEPConfig, make_plan
-from ds_llep.dispatch import combine, dispatch, make_route
-from ds_llep.experts import Activation
+from ds_llep.activation import Activation
+from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.kernels.grouped_gemm import (
     add_grouped_gemm,
     grouped_gemm,
@@ -20,88 +16,45 @@ from ds_llep.kernels.grouped_gemm import (
 )
 from ds_llep.kernels.select import select_kernels
 from ds_llep.returns import Sum
+from ds_llep.route import Addresses, make_route, sort_copies
 
 CPU = select_kernels("torch", torch.device("cpu"))
 PLAN_ALWAYS = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
 
 
-@st.composite
-def routings(draw):
-    """Expert ids ``[T, K]`` of every rank, ragged, with hot experts and ranks without tokens."""
-    num_ranks = draw(st.sampled_from([1, 2, 3, 4]))
-    num_experts = num_ranks * draw(st.integers(1, 3))
-    top_k = draw(st.integers(1, min(3, num_experts)))
-    hot = draw(st.integers(0, num_experts - 1))
-    tokens = draw(st.lists(st.integers(0, 9), min_size=num_ranks, max_size=num_ranks))
-    seed = draw(st.integers(0, 2**32 - 1))
-    generator = torch.Generator().manual_seed(seed)
-    heat = torch.ones(num_experts)
-    heat[hot] = draw(st.sampled_from([1.0, 5.0, 1000.0]))
-    ids = [
-        torch.multinomial(heat.expand(count, -1), top_k, generator=generator)
-        if count
-        else torch.empty((0, top_k), dtype=torch.int64)
-        for count in tokens
-    ]
-    return ids, num_experts
-
-
-@given(routings())
-@settings(deadline=None)
-def test_routes_meet(routing):
-    """Played through by hand for all ranks: every row arrives in its expert's slot, and returns."""
-    ids, num_experts = routing
-    num_ranks = len(ids)
-    counts_PE = np.stack([np.bincount(i.reshape(-1), minlength=num_experts) for i in ids])
-    plan = make_plan(counts_PE, PLAN_ALWAYS)
-    routes = [make_route(ids[rank], plan, rank, None, CPU) for rank in range(num_ranks)]
-    sent = []
-    for rank, route in enumerate(routes):
-        # A row says where it comes from: rank, copy, expert.
-        copies = route.maps.send_order
-        experts = ids[rank].reshape(-1)[copies]
-        rows = torch.stack((torch.full_like(copies, rank), copies, experts), dim=1)
-        sent.append(rows.split(route.send_splits))
-    for rank, route in enumerate(routes):
-        pieces = [sent[source][rank] for source in range(num_ranks)]
-        assert [len(piece) for piece in pieces] == route.recv_splits
-        received = torch.cat(pieces)
-        rows = received[route.maps.arrival_order]
-        for slot, piece in zip(plan.slots(rank), rows.split(route.rows_per_slot), strict=True):
-            assert (piece[:, 2] == slot).all()
-            assert piece[:, 0].tolist() == sorted(piece[:, 0].tolist())
-        home_slots = route.rows_per_slot[: plan.experts_per_rank]
-        assert route.num_home_rows == sum(home_slots)
-        assert (rows[: route.num_home_rows, 2] // plan.experts_per_rank == rank).all()
-        assert (rows[route.num_home_rows :, 2] // plan.experts_per_rank != rank).all()
-        assert torch.equal(rows[route.maps.arrival_position], received)
-        assert len(rows) == plan.rank_load_P[rank]
-        positions = route.maps.position_TK.reshape(-1)
-        assert torch.equal(route.maps.send_order[positions], torch.arange(len(positions)))
-
-
-@pytest.mark.parametrize("weighs", ["before", "after"])
-def test_dispatch_and_combine_gradients(weighs, seed):
-    """gradcheck in fp64, on a rank of its own."""
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_dispatch_and_combine_gradients(top_k, seed):
+    """gradcheck in fp64, on a rank of its own; experts that weigh, and are no straight line."""
     torch.manual_seed(seed)
-    ids = torch.multinomial(torch.ones(5, 6), 3)
-    counts_PE = torch.bincount(ids.reshape(-1), minlength=6).view(1, 6).numpy()
-    route = make_route(ids, make_plan(counts_PE, PLAN_ALWAYS), 0, None, CPU)
+    selected = torch.multinomial(torch.ones(5, 6), top_k)
+    counts = torch.bincount(selected.reshape(-1), minlength=6).view(1, 6).numpy()
+    plan = make_plan(counts, PLAN_ALWAYS)
+    on_device = [torch.tensor(of_plan) for of_plan in (plan.counts_PE, plan.tokens_EP)]
+    addresses = CPU.address_copies(selected, sort_copies(selected), *on_device, 0)
+    route, maps = make_route(Addresses(*addresses), np.full((1, 1), 5), plan, 0, None, CPU)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    scores = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
-    before, after = (scores, None) if weighs == "before" else (None, scores)
+    scores = torch.rand(5, top_k, dtype=torch.float64, requires_grad=True)
 
     def layer(x, scores):
-        before, after = (scores, None) if weighs == "before" else (None, scores)
-        home_rows, foreign_rows = dispatch(x, before, route)
-        return combine(home_rows.sin(), foreign_rows.sin(), after, route)
+        dispatched = dispatch(x, scores, route, maps, DispatchBackward(route))
+        rows, none, scores_N, arrived = dispatched
+        assert len(none) == len(arrived) == 0
+        out = rows.sin() * scores_N.unsqueeze(1)
+        return combine(out, none, arrived, route, maps)
 
     assert torch.autograd.gradcheck(layer, (x, scores))
-    expected = torch.zeros_like(x)
-    for k in range(3):
-        row = x * scores[:, k : k + 1] if before is not None else x
-        expected = expected + row.sin() * (scores[:, k : k + 1] if after is not None else 1)
+    expected = x.sin() * scores.sum(1, keepdim=True)
     assert torch.allclose(layer(x, scores), expected)
+
+
+def test_places_of_copies_sorted_by_expert(seed):
+    rng = np.random.default_rng(seed)
+    for T, K, E in ((0, 2, 4), (1, 1, 1), (70, 3, 5), (200, 2, 300)):
+        selected = rng.integers(E, size=(T, K))
+        order = np.argsort(selected.reshape(-1), kind="stable")
+        places = sort_copies(torch.from_numpy(selected).to(DEVICE))
+        assert places.dtype == torch.int32 and places.shape == (T, K)
+        assert places.flatten()[order].tolist() == list(range(T * K))
 
 
 def test_returned_gradients_are_rounded_once():
@@ -166,19 +119,47 @@ def test_add_grouped_gemm(counts, seed):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "weighed"])
 @pytest.mark.parametrize("name", ["swiglu", "swiglu_oai", "swiglu_clamped", "geglu_tanh"])
-def test_activations(name, seed):
-    """Backward of every form AutoEP registers, against gradcheck's finite differences."""
+def test_activations(name, weighed, seed):
+    """Backward of every form AutoEP registers, against its finite differences."""
     torch.manual_seed(seed)
     activation = Activation(name, 1.702, 2.0, CPU)
     gate, up, grad = (torch.randn(7, 5, dtype=torch.float64) for _ in range(3))
-    grad_gate, grad_up, act = activation.backward(grad.clone(), gate, up)
-    assert torch.allclose(act, activation.forward(gate, up))
+    weight = torch.randn(7, dtype=torch.float64) if weighed else None
+    inputs = [gate, up, weight]
+    *gradients, act, grad_weight = activation.backward(grad.clone(), *inputs)
+    assert torch.allclose(act, activation.forward(*inputs))
+    if weighed:
+        gradients.append(grad_weight)
+        ones = activation.forward(gate, up, None)
+        assert torch.allclose(act, ones * weight.unsqueeze(1))
+    else:
+        assert grad_weight is None
     step = 1e-6
-    for wiggled, analytic in ((0, grad_gate), (1, grad_up)):
-        inputs = [[gate, up], [gate, up]]
-        inputs[0][wiggled] = inputs[0][wiggled] + step
-        inputs[1][wiggled] = inputs[1][wiggled] - step
-        difference = activation.forward(*inputs[0]) - activation.forward(*inputs[1])
-        assert torch.allclose(grad * difference / (2 * step), analytic, atol=1e-5)
-    assert math.isfinite(grad_gate.sum().item())
+    for wiggled, analytic in enumerate(gradients):
+        up_and_down = []
+        for change in (step, -step):
+            changed = inputs.copy()
+            changed[wiggled] = changed[wiggled] + change
+            up_and_down.append(activation.forward(*changed))
+        slope = grad * (up_and_down[0] - up_and_down[1]) / (2 * step)
+        # A weight is one of a row.
+        slope = slope.sum(1) if wiggled == 2 else slope
+        assert torch.allclose(slope, analytic, atol=1e-5), wiggled
+        assert analytic.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_oai", "swiglu_clamped", "geglu_tanh"])
+def test_activations_keep_their_dtype(name, seed):
+    """bf16 rows and fp32 weights, as in training; and the rows' gradients within their rounding."""
+    torch.manual_seed(seed)
+    activation = Activation(name, 1.702, 2.0, CPU)
+    gate, up, grad = (torch.randn(7, 50, dtype=torch.bfloat16) for _ in range(3))
+    weight = torch.randn(7)
+    wide = activation.backward(*(x.double() for x in (grad, gate, up, weight)))
+    found = activation.backward(grad, gate, up, weight)
+    assert [x.dtype for x in found] == [torch.bfloat16] * 3 + [torch.float32]
+    assert torch.equal(found[2], activation.forward(gate, up, weight))
+    for one, exact in zip(found, wide, strict=True):
+        assert (one.double() - exact).norm() <= 0.02 * exact.norm()

@@ -14,6 +14,7 @@ from launcher import environment
 
 import ds_llep
 from ds_llep import compat, report
+from ds_llep.kernels import reference
 
 OTHER_DEEPSPEED = """
 from importlib import metadata
@@ -63,7 +64,7 @@ def test_as_a_command(tmp_path):
     on_gpu = deepspeed.get_accelerator().device_name() == "cuda"
     if on_gpu:
         assert torch.cuda.get_device_name(0) in out
-        assert "gather_rows (triton): runs on the GPU and agrees" in out
+        assert "sum_rows (triton): runs on the GPU and agrees" in out
     else:
         assert "no GPU: plain-PyTorch kernels" in out
     assert f'"auto" picks: {"triton" if on_gpu else "torch"}' in out
@@ -122,21 +123,21 @@ def test_missing_package(run, monkeypatch):
     assert ["no-such-package", "not", "installed"] in [line.split() for line in out.splitlines()]
 
 
-@pytest.mark.parametrize("broken", ["raises", "wrong rows"])
+@pytest.mark.parametrize("broken", ["raises", "wrong sums"])
 def test_broken_kernels(run, monkeypatch, broken):
     """As on a GPU whose Triton cannot compile: the reason, and what to set until it can."""
 
-    def gather_rows(x_TD, index_N):
+    def sum_rows(home_ND, foreign_MD, source_UK):
         if broken == "raises":
             raise RuntimeError("no compiler found")
-        return x_TD[:0]
+        return reference.sum_rows(home_ND, foreign_MD, source_UK) + 1
 
     class Accelerator:
         @staticmethod
         def device_name():
             return "cuda"
 
-    kernels = report.select_kernels("torch", "cpu")._replace(gather_rows=gather_rows)
+    kernels = report.select_kernels("torch", "cpu")._replace(sum_rows=sum_rows)
     monkeypatch.setattr(report, "get_accelerator", Accelerator)
     monkeypatch.setattr(report, "select_kernels", lambda choice, device: kernels)
     randn, arange = torch.randn, torch.arange
@@ -145,5 +146,5 @@ def test_broken_kernels(run, monkeypatch, broken):
     code, out = run()
     assert code == 1
     last = out.splitlines()[-1]
-    assert ("no compiler found" if broken == "raises" else "wrong rows") in last
+    assert ("no compiler found" if broken == "raises" else broken) in last
     assert 'set "llep.kernels" to "torch"' in last

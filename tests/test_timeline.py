@@ -11,15 +11,15 @@ import torch
 from ds_llep import timeline
 from ds_llep.timeline import Timeline, part
 
-FORWARD = ["router", "counts", "plan", "fetch", "route"]
+FORWARD = ["router", "counts", "route", "wait for counts", "plan"]
 FORWARD += ["dispatch", "dispatch/rows", "dispatch/all-to-all"]
-FORWARD += ["home experts", "wait for foreign", "foreign experts"]
+FORWARD += ["fetch", "home experts", "wait for foreign", "foreign experts"]
 FORWARD += ["combine", "combine/rows", "combine/all-to-all"]
-BACKWARD = ["fetch backward"]
-BACKWARD += ["combine backward", "combine backward/rows", "combine backward/all-to-all"]
+BACKWARD = ["combine backward", "combine backward/rows", "combine backward/all-to-all"]
+BACKWARD += ["fetch backward"]
 BACKWARD += ["home experts backward", "wait for foreign backward", "foreign experts backward"]
-BACKWARD += ["gradient return"]
-BACKWARD += ["dispatch backward", "dispatch backward/rows", "dispatch backward/all-to-all"]
+BACKWARD += ["dispatch backward", "dispatch backward/rows"]
+BACKWARD += ["gradient return", "dispatch backward/all-to-all"]
 
 
 def test_off_costs_nothing():

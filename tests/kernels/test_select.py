@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from ds_llep.kernels import reference, rows, select
+from ds_llep.kernels import grouped_gemm, reference, rows, select
 from ds_llep.kernels.select import select_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -19,10 +19,15 @@ def test_auto():
 def test_sets_are_complete():
     torch_set, triton_set = select_kernels("torch", CUDA), select_kernels("triton", CUDA)
     assert (torch_set.name, triton_set.name) == ("torch", "triton")
+    renamed = {"product": "grouped_gemm", "gradient_of_weights": "grouped_gemm_weight_gradient"}
     for name in torch_set._fields[1:]:
-        assert getattr(torch_set, name) is getattr(reference, name)
-        assert getattr(triton_set, name).__name__ == name
-        assert getattr(triton_set, name) is not getattr(reference, name)
+        launcher, twin = getattr(triton_set, name), getattr(torch_set, name)
+        assert launcher.__name__ == name and launcher is not twin
+        if name == "plan_lla":
+            assert twin is None  # the host plans
+        else:
+            room = reference if hasattr(reference, name) else grouped_gemm
+            assert twin is getattr(room, renamed.get(name, name))
 
 
 def test_without_triton(monkeypatch):
@@ -36,7 +41,7 @@ def test_without_triton(monkeypatch):
 
 def test_triton_on_a_cpu(monkeypatch):
     if not torch.cuda.is_available():
-        assert select_kernels("triton", CPU).gather_rows is rows.gather_rows  # the interpreter
+        assert select_kernels("triton", CPU).sum_rows is rows.sum_rows  # the interpreter
     monkeypatch.setattr(select, "_compiled", lambda: True)
     with pytest.raises(ValueError, match=r'llep\.kernels.*"cpu".*"auto" or "torch".*INTERPRET'):
         select_kernels("triton", CPU)

@@ -1,0 +1,123 @@
+"""Every Triton kernel compiles for real GPUs, on machines that have none.
+
+Triton's interpreter runs what its compiler refuses, such as a variable that changes its type in a
+loop. So a process of its own, without the interpreter, calls the launchers with CPU tensors, and
+where they would launch a kernel it is compiled ahead of time, down to machine code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+CAPABILITIES = (90, 80)
+NO_COMPILER = 77
+
+
+def test_all_kernels_compile(tmp_path):
+    # The variable counts when our kernels are decorated: at their first import.
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode == NO_COMPILER:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    compiled = done.stdout.split()
+    for capability in CAPABILITIES:
+        for kernel in kernels_in_sources():
+            assert f"{kernel}:sm_{capability}" in compiled, f"{kernel} is not launched in main()"
+
+
+def kernels_in_sources() -> set[str]:
+    """All that is launched, by name; grouped products need the GPU that they are made for."""
+    files = [path for path in (ROOT / "kernels").glob("*.py") if "grouped" not in path.name]
+    text = "".join(path.read_text() for path in files)
+    return set(re.findall(r"^def (_\w+_kernel)\(", text, re.MULTILINE))
+
+
+def main() -> None:
+    """Compile all kernels and print `kernel:architecture` for each."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    targets = {capability: GPUTarget("cuda", capability, 32) for capability in CAPABILITIES}
+    try:
+        for target in targets.values():
+            triton.compiler.make_backend(target)
+    except RuntimeError as error:
+        print(f"Triton {triton.__version__} has no compiler for NVIDIA GPUs here: {error}")
+        sys.exit(NO_COMPILER)
+    from ds_llep.kernels import counts, planner, routes, rows, swiglu
+
+    pointers = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.int64: "*i64",
+        torch.int32: "*i32",
+    }
+    done = set()
+
+    def compile_it(kernel, *args, grid, warmup=False, **keywords):
+        """As `kernel[grid](*args, **keywords)` would, which specialises on what is 1 or absent."""
+        names = [parameter.name for parameter in kernel.params]
+        given = dict(zip(names, args, strict=False))
+        given |= {name: value for name, value in keywords.items() if name in names}
+        options = {name: value for name, value in keywords.items() if name not in names}
+        signature, constants = {}, {}
+        for index, parameter in enumerate(kernel.params):
+            value = given[parameter.name]
+            is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = pointers[value.dtype]
+            elif parameter.is_constexpr or value is None or is_one:
+                signature[parameter.name], constants[(index,)] = "constexpr", value
+            else:
+                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+        variant = kernel.__name__, str(signature), str(constants)
+        if variant in done:
+            return
+        done.add(variant)
+        for capability, target in targets.items():
+            source = triton.compiler.ASTSource(kernel, signature, constants)
+            triton.compile(source, target=target, options=options)
+            print(f"{kernel.__name__}:sm_{capability}", flush=True)
+
+    JITFunction.run = compile_it
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def launch_all(T: int, K: int, E: int, P: int, D: int, N: int) -> None:
+        ids, scores = empty(T, K, dtype=torch.int64), empty(T, K, dtype=torch.float32)
+        counts.count_copies(ids, scores, E, P, empty(E + P + 4, dtype=torch.int64))
+        plan = empty(P, E, dtype=torch.int64), empty(E, P, dtype=torch.int64)
+        _, sent, target, parcels = routes.address_copies(ids, empty(T, K), *plan, 0)
+        routes.place_parcels(sent, parcels, empty(P))
+        labels = empty(9, K), empty(9, K, dtype=torch.float32)
+        routes.label_parcels(sent, target, scores, *labels)
+        bf16 = {"dtype": torch.bfloat16}
+        x, row, values = empty(T, D, **bf16), empty(N, D, **bf16), empty(N, dtype=torch.float32)
+        rows.scatter_rows(x, sent, row, scores, values)
+        rows.scatter_rows(x, sent, row)
+        rows.sum_rows(row, row, sent, row, sent)
+        rows.sum_rows(row, row[:0], sent)
+        for weight in (values, None):
+            swiglu.swiglu_forward(row, row, weight)
+            swiglu.swiglu_backward(row, row, row, weight)
+
+    launch_all(300, 3, 12, 3, 5000, 50)
+    launch_all(1, 1, 1, 1, 1, 1)  # Triton makes a constant of an argument that is 1
+    planner.plan_lla(empty(3, 12, dtype=torch.int64), 1.1, 1.3, 64, 2)
+
+
+if __name__ == "__main__":
+    main()
