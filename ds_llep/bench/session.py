@@ -206,9 +206,11 @@ class Session:
             name: statistics.median(step.get(name, 0.0) for step in steps[WARM_UPS:])
             for name in steps[-1]
         }
-        plans = self._plans(workload)[: self.settings.layers]  # those of one step
-        shape, ep_rank = self.settings.shape, dist.get_rank() % self.ep_size
-        floor = floors.of_parts(self.best, plans, shape, ep_rank, self.dtype)
+        layers, shape = self.settings.layers, self.settings.shape
+        plans = self._plans(workload)[:layers]  # those of one step
+        reached = [self.batches[workload].reached_PP(WARM_UPS, layer) for layer in range(layers)]
+        ep_rank = dist.get_rank() % self.ep_size
+        floor = floors.of_parts(self.best, plans, reached, shape, ep_rank, self.dtype)
         everyone: list = [None] * self.world
         dist.all_gather_object(everyone, (mine, floor))
         by_part = {name: [parts[name] for parts, _ in everyone] for name in mine}
