@@ -18,6 +18,7 @@ from ds_llep.bench.micro_batches import from_workload
 from ds_llep.bench.parcels import at_home, distinct, most_parcels, traffic
 from ds_llep.bench.primitives import Kernels, Links
 from ds_llep.bench.shapes import PRESETS, Shape
+from ds_llep.plan import Plan, Spill
 
 CONFIG = LLEPConfig(enabled=True, imbalance_threshold=1.0, min_tokens_per_gemm=16)
 
@@ -107,13 +108,11 @@ def test_bypassed_plan(seed):
     counts_PE, shape = routed(seed)
     plan = make_plan(counts_PE, CONFIG.model_copy(update={"imbalance_threshold": 1e9}))
     assert plan.bypassed
-    bypassed = layer_cost(plan, shape, H200)
-    for parts in (bypassed.forward, bypassed.backward):
+    cost, at_home = (layer_cost(p, shape, H200) for p in (plan, ep_plan(counts_PE)))
+    assert (cost.forward, cost.backward) == (at_home.forward, at_home.backward)
+    for parts in (cost.forward, cost.backward):
         assert parts["foreign"] == parts["wait"] == parts.get("return", 0) == 0
-    ep = costs(counts_PE, shape)["ep"]
-    np.testing.assert_array_equal(bypassed.rows_P, ep.rows_P)
-    assert bypassed.forward["home"] == ep.forward["home"]
-    assert bypassed.backward["home"] == ep.backward["home"]
+    np.testing.assert_array_equal(cost.rows_P, costs(counts_PE, shape)["ep"].rows_P)
 
 
 def test_overheads_are_each_layers_own(seed):
@@ -149,12 +148,23 @@ def test_passes_by_hand():
     assert slow.forward["dispatch"] == pytest.approx(labelled + pack_P.max() + unpack_P[0])
 
 
+def test_passes_of_autoep_by_hand():
+    """Rank 0 sends 16 copies of 8 tokens and computes 20, rank 1 as many and 12."""
+    shape, row = Shape(2, 64, 32, 2, 8), 128
+    machine = dataclasses.replace(H200, memory_rate=1.0)
+    cost = autoep_cost(np.array([[12, 4], [8, 8]]), shape, machine)
+    assert cost.forward["dispatch"] == pytest.approx(2 * (16 + 20) * row)
+    assert cost.forward["combine"] == pytest.approx((2 * 20 + 16 + 8) * row)
+    assert cost.backward["combine"] == pytest.approx((2 * 16 + 16 + 8 + 2 * 20) * row)
+    assert cost.backward["dispatch"] == pytest.approx((2 * 20 + 16 + 8) * row)
+
+
 @pytest.mark.parametrize("mode", ["llep", "ideal"])
 def test_all_to_alls_cost_their_time(seed, mode):
     """Two in forward, two in backward; the last one hides behind nothing."""
     counts_PE, shape = routed(seed)
     P, K, row = len(counts_PE), shape.top_k, 2 * shape.hidden_size
-    machine = dataclasses.replace(H200, all_to_all_inside=((1.0, 1e3),))
+    machine = dataclasses.replace(H200, all_to_all_inside=((1.0, 1e3),), local_rate=1e-3)
     cost = costs(counts_PE, shape, machine)[mode]
     plan = make_plan(counts_PE, CONFIG)
     parcels_PP = most_parcels(plan, distinct(at_home(plan), K), K)
@@ -241,7 +251,7 @@ def test_slow_links_show_where_weights_travel(seed):
 
 def test_products_hide_transfers_of_weights(seed):
     counts_PE, shape = routed(seed)
-    plan = make_plan(counts_PE, CONFIG)
+    plan = make_plan(counts_PE + 1, CONFIG)  # so that every rank has home experts to compute
     slow_products = dataclasses.replace(H200, grouped_rate=((1.0, 1e3),))
     none_PP, lent_PP = 0 * spilled(plan), spilled(plan)
     hidden, without = (
@@ -249,6 +259,17 @@ def test_products_hide_transfers_of_weights(seed):
         for fetched_PP in (lent_PP, none_PP)
     )
     assert (hidden.forward, hidden.backward) == (without.forward, without.backward)
+
+
+def test_helper_that_is_slowest():
+    """All of its time is of foreign experts, but for writing its own experts' empty gradients."""
+    shape = Shape(2, 512, 256, 1, 40_000)
+    counts_PE, tokens_EP = np.array([[40_000, 0], [40_000, 0]]), np.array([[128, 79_872], [0, 0]])
+    plan = Plan(counts_PE, tokens_EP, (Spill(0, 0, 1, 79_872),), tokens_EP.sum(0), bypassed=False)
+    cost = layer_cost(plan, shape, H200)
+    flop = shape.gemm_flop(79_872) / 670e12
+    assert cost.forward["home"] == 0 and cost.backward["home"] < 0.1 * flop
+    assert cost.forward["foreign"] > flop and cost.backward["foreign"] > 2 * flop
 
 
 def test_products_are_counted_in_tiles():

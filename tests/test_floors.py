@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ds_llep import LLEPConfig, make_plan
+from ds_llep.bench import batch
 from ds_llep.bench.cost import ep_plan
 from ds_llep.bench.floors import BestRates, of_parts
 from ds_llep.bench.shapes import Shape
@@ -85,3 +86,16 @@ def test_layers_add_up():
     rates = best(dense=1e6, memory=1e6, link=1e5)
     one, three = floors(rates), floors(rates, layers=3)
     assert three == pytest.approx({name: 3 * value for name, value in one.items()})
+
+
+def test_tokens_that_reach_a_rank(monkeypatch, seed):
+    """Of all ranks of the EP group, as their own batches have them."""
+    shape, reached = Shape(8, 4, 4, 3, 50), []
+    for rank in (4, 5):
+        monkeypatch.setattr(batch.dist, "get_rank", lambda rank=rank: rank)
+        own = batch.Batch("zipf:1", shape, 2, seed, torch.empty(0))
+        reached.append(own.reached_PP(step=1, layer=2))
+        home_TK = own.ids(1, 2) // 4
+        expected = [int((home_TK == p).any(dim=1).sum()) for p in range(2)]
+        assert reached[-1][rank - 4].tolist() == expected
+    np.testing.assert_array_equal(*reached)

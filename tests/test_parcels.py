@@ -9,6 +9,7 @@ import torch
 from ds_llep import LLEPConfig, make_plan
 from ds_llep.bench.parcels import at_home, distinct, fewest_parcels, most_parcels, traffic
 from ds_llep.kernels.select import select_kernels
+from ds_llep.plan import Plan, Spill
 from ds_llep.route import make_route, sort_copies
 
 CPU = select_kernels("torch", torch.device("cpu"))
@@ -66,6 +67,16 @@ def test_as_in_routes(seed, config):
     assert used_PP.any()
     if config is NONE:
         np.testing.assert_array_equal(fewest_PP, most_PP)
+
+
+def test_bounds_by_hand():
+    """Four tokens of rank 0 choose expert 1 twice; it keeps four of these eight copies."""
+    counts_PE, tokens_EP = np.array([[0, 8], [0, 8]]), np.array([[0, 0], [4, 12]])
+    plan = Plan(counts_PE, tokens_EP, (Spill(1, 1, 0, 4),), tokens_EP.sum(0), bypassed=False)
+    reached_PP = np.array([[0, 4], [0, 4]])
+    np.testing.assert_array_equal(traffic(plan), [[4, 4], [0, 8]])
+    np.testing.assert_array_equal(most_parcels(plan, reached_PP, 2), [[0, 4], [0, 0]])
+    np.testing.assert_array_equal(fewest_parcels(plan, reached_PP, 2), [[0, 2], [0, 0]])
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 8])
