@@ -2,11 +2,11 @@
 
 Counts say how many copies of a rank's tokens go where, not how many tokens: that depends on which
 experts are chosen together. Where nobody has the tokens at hand, as with a trace, it is estimated
-as if choices were independent of each other. For workloads of ds-llep bench that draw experts by
-their popularity this is within a few per cent; where tokens fall into kinds with experts of their
-own, as in R:H, it counts some too many.
+as if choices were independent of each other, which costs some accuracy (docs/simulate.md says how
+much) and needs nothing but counts.
 
-With spills a rank sends more parcels than tokens (``ds_llep/route.py``); what travels is counted.
+With spills a rank sends as many parcels as the bound that ``ds_llep/route.py`` takes for their
+number, some of them empty.
 
 Shapes: ``P`` ranks of the EP group; the first index is that of the source rank.
 """

@@ -9,11 +9,11 @@ AutoEP sends every copy of a token, also to its own rank, and a rank regroups wh
 expert. llep sends a token once to each rank (:mod:`ds_llep.bench.parcels`), places its own rank's
 copies while the others travel, and sums the copies of a token before they travel back.
 
-llep's weights travel beside products: fetches behind those of home experts, returned gradients
-behind the last ones. With NCCL they use the communicator of the all-to-alls, which runs one thing
-at a time. Its last all-to-all starts before the gradients of w1 and w3, so that no rank waits for
-the products of another, but costs its time all the same: its kernel takes processors from these
-products, which last about as much longer.
+llep's weights travel beside products: fetches beside those of home experts, returned gradients
+beside the last ones. With NCCL they use the communicator of the all-to-alls, which runs one thing
+at a time, so they start when the all-to-all before them is over. The last all-to-all starts before
+the gradients of w1 and w3, so that no rank waits for these products of another, but it costs its
+time all the same: its kernel takes processors from them, and they last about as much longer.
 
 Shape letters: `P` ranks of the EP group.
 """
@@ -60,8 +60,10 @@ def crossing(work: Work, kernels: Kernels) -> np.ndarray:
     return there_PP + work.parcels_PP.T * (2 * row + label)
 
 
-def autoep(home: Products, rows_PP: np.ndarray, top_k: int, kernels: Kernels, links: Links):
-    """Forward and backward of AutoEP's layer, two :data:`Parts`, where all experts are at home."""
+def autoep(
+    home: Products, rows_PP: np.ndarray, top_k: int, kernels: Kernels, links: Links
+) -> tuple[Parts, Parts]:
+    """Forward and backward of AutoEP's layer, where all experts are at home."""
     row, sent_P, rows_P = kernels.row_bytes, rows_PP.sum(1), rows_PP.sum(0)
     all_to_all = links.all_to_all(rows_PP * row)  # as long there as back
     order_P, regroup_P = kernels.passes(2 * sent_P * row), kernels.passes(2 * rows_P * row)
@@ -86,8 +88,8 @@ def autoep(home: Products, rows_PP: np.ndarray, top_k: int, kernels: Kernels, li
     return _floats(forward), _floats(backward)
 
 
-def llep(work: Work, kernels: Kernels, links: Links):
-    """Forward and backward of llep's layer, two :data:`Parts`."""
+def llep(work: Work, kernels: Kernels, links: Links) -> tuple[Parts, Parts]:
+    """Forward and backward of llep's layer."""
     row, expert, label = kernels.row_bytes, kernels.expert_bytes, _LABEL * work.top_k
     tokens_P, own_P = work.rows_PP.sum(1) / work.top_k, work.rows_PP.diagonal()
     sent_P, arrived_P = work.parcels_PP.sum(1), work.parcels_PP.sum(0)
@@ -133,13 +135,13 @@ def llep(work: Work, kernels: Kernels, links: Links):
     sent_at_P = posted_P + work.foreign.gate_up
     computed_P = sent_at_P + work.home.gate_up + last
     returned_PP = work.returned_PP
-    arrived_P = _arrival(
+    returned_P = _arrival(
         np.maximum(sent_at_P, posted_P.max() + last),
         returned_PP,
         links.transfer(returned_PP.T * expert),
     )
     added_P = kernels.passes(returned_PP.sum(1) * expert / kernels.element_size * _SUM_BYTES)
-    return_P = np.maximum(arrived_P - computed_P, 0) + added_P
+    return_P = np.maximum(returned_P - computed_P, 0) + added_P
     slowest = (computed_P + return_P + sum_P).argmax()
     backward = {
         "combine": combine_P[slowest],
