@@ -9,8 +9,8 @@ import torch
 from ds_llep import LLEPConfig, make_plan
 from ds_llep.bench.parcels import at_home, distinct, fewest_parcels, most_parcels, traffic
 from ds_llep.kernels.select import select_kernels
-from ds_llep.plan import Plan, Spill
-from ds_llep.route import make_route, sort_copies
+from ds_llep.plan import Plan
+from ds_llep.route import Addresses, make_route, sort_copies
 
 CPU = select_kernels("torch", torch.device("cpu"))
 NONE, SOME = (
@@ -56,8 +56,9 @@ def test_as_in_routes(seed, config):
     used_PP = np.zeros_like(reached_PP)
     for rank, own_ids in enumerate(ids):
         selected_TK = torch.from_numpy(own_ids)
-        position_TK = sort_copies(selected_TK)
-        route, maps = make_route(selected_TK, position_TK, reached_PP, plan, rank, None, CPU)
+        counts, tokens = torch.tensor(plan.counts_PE), torch.tensor(plan.tokens_EP)
+        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), counts, tokens, rank)
+        route, maps = make_route(Addresses(*found), reached_PP, plan, rank, None, CPU)
         assert route.send_splits == most_PP[rank].tolist()
         assert route.recv_splits == most_PP[:, rank].tolist()
         places = np.sort(maps.sent_TK[maps.sent_TK >= 0].numpy())
@@ -72,7 +73,7 @@ def test_as_in_routes(seed, config):
 def test_bounds_by_hand():
     """Four tokens of rank 0 choose expert 1 twice; it keeps four of these eight copies."""
     counts_PE, tokens_EP = np.array([[0, 8], [0, 8]]), np.array([[0, 0], [4, 12]])
-    plan = Plan(counts_PE, tokens_EP, (Spill(1, 1, 0, 4),), tokens_EP.sum(0), bypassed=False)
+    plan = Plan(counts_PE, tokens_EP, bypassed=False)
     reached_PP = np.array([[0, 4], [0, 4]])
     np.testing.assert_array_equal(traffic(plan), [[4, 4], [0, 8]])
     np.testing.assert_array_equal(most_parcels(plan, reached_PP, 2), [[0, 4], [0, 0]])

@@ -77,7 +77,9 @@ def autoep(
         "home": home_P[slowest],
         "combine": back[slowest],
     }
-    home_P = _hidden(home, rows_P, kernels) + home.gate_up
+    # The sum of the two gradients of the rows is a pass of its own.
+    added_P = kernels.passes(3 * rows_P * kernels.row_bytes)
+    home_P = _hidden(home, rows_P, kernels) + added_P + home.gate_up
     slowest = (2 * regroup_P + home_P).argmax()
     backward = {
         # The scores' gradient reads all rows once more.
@@ -156,9 +158,7 @@ def llep(work: Work, kernels: Kernels, links: Links) -> tuple[Parts, Parts]:
 
 def _hidden(products: Products, rows_P: np.ndarray, kernels: Kernels) -> np.ndarray:
     """Backward but for the gradients of w1 and w3."""
-    # Two activations' worth of traffic, and the sum of the two gradients of the rows.
-    passes_P = kernels.passes(3 * rows_P * kernels.row_bytes)
-    return products.hidden + 2 * kernels.activation(rows_P) + passes_P
+    return products.hidden + 2 * kernels.activation(rows_P)  # twice an activation's traffic
 
 
 def _arrival(ready_P: np.ndarray, moved_PP: np.ndarray, transfer_P: np.ndarray) -> np.ndarray:
