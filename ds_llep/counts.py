@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import deepspeed.comm as dist
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ds_llep.kernels.select import KernelSet
 
@@ -78,8 +79,8 @@ class Counting:
         """Start to copy the counts, and other tensors that the host wants with them."""
         self._host = [x.to("cpu", non_blocking=True) for x in (self._reports, *others)]
         self._event = None
-        if self._reports.is_cuda:
-            self._event = torch.cuda.Event()
+        if self._reports.device.type != "cpu":
+            self._event = get_accelerator().Event()
             self._event.record()
 
     def wait(self, layer_name: str) -> tuple[Counts, list[np.ndarray]]:

@@ -22,7 +22,7 @@ ROOMS = {
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
     "planners": (set(), {"numpy"}),
     "plan": ({"planners"}, {"numpy"}),
-    "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm"}),
+    "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"}),
     "timeline": (set(), {"deepspeed.accelerator"}),
     "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
     "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),

@@ -235,7 +235,7 @@ def test_breakdown(tmp_path, capsys, seed):
         "expert products": ["home experts", "foreign experts backward"],
         "all-to-all": ["dispatch/all-to-all", "combine backward/all-to-all"],
         "moving rows": ["dispatch/rows"],
-        "router, counts, plan, index maps": ["router", "plan"],
+        "router, counts, plan, addresses": ["router", "plan"],
         "weights out, gradients home": ["fetch backward", "gradient return"],
         "other parts": ["something new"],
     }

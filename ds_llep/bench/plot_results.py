@@ -131,7 +131,10 @@ PARTS = (  # of the picture: name, what it is made of
     ("expert products", ("home experts", "foreign experts")),
     ("all-to-all", ("/all-to-all",)),
     ("moving rows", ("/rows",)),
-    ("router, counts, plan, index maps", ("router", "counts", "plan", "route")),
+    (
+        "router, counts, plan, addresses",
+        ("router", "counts", "route", "wait for counts", "plan"),
+    ),
     ("weights out, gradients home", ("fetch", "wait for foreign", "gradient return")),
     ("other parts", ()),
 )
