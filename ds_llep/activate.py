@@ -145,9 +145,13 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
     zero_config = engine._config.zero_config
     weight_source, reason = choose_weight_source(config.weight_source, zero_config, table)
     if weight_source == "shards" and table.ep_size > 1:
-        exchange = Exchange(table, ep_group, sharded=True, cache=config.weight_cache)
+        exchange = Exchange(
+            table, ep_group, sharded=True, always_ready=True, cache=config.weight_cache
+        )
     else:
-        exchange = Exchange.of_home_ranks(ep_group, cache=config.weight_cache)
+        exchange = Exchange.of_home_ranks(
+            ep_group, always_ready=zero_config.stage < 3, cache=config.weight_cache
+        )
     ep_size = table.ep_size
     recorder = open_recorder(config, layers, ep_size)
     statistics = adopt(layers, config, exchange, engine, recorder)

@@ -12,8 +12,8 @@ Order of work, chosen so that transfers hide behind home GEMMs:
                | start dispatch's backward | foreign gradients of w1, w3 | start return
                | home gradients of w1, w3 | wait | add
 
-A fetch is started where rows have been sent already, so that neither the host's work for it nor its
-bytes stand in their way.
+A large fetch has been started before; starting it here again makes sure of it, also where
+checkpointing has run other layers in between.
 
 A row's score multiplies its activation: the down projection is linear, so this weighs the output,
 and the score's gradient needs no output to be kept.

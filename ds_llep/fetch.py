@@ -7,6 +7,10 @@ parts to helpers in all EP groups. All ranks derive the same transfers from the 
 
 The workspace doubles as a cache: what still lies there since the forward pass or since an earlier
 micro-batch is not sent again while the weights are the same.
+
+A few experts travel behind the tokens, beside the home experts' products, and cost nothing. Many do
+not: NCCL's later kernels find no multiprocessor free before a product ends. So they travel ahead of
+the tokens. (On two H200, 100 MB in 6 messages were hidden, 400 MB in 24 arrived 3 ms late.)
 """
 
 from __future__ import annotations
@@ -21,7 +25,11 @@ import torch
 from ds_llep.plan import Plan
 from ds_llep.ranks import RankTable
 from ds_llep.shards import Version, cut, on_device, part_numel, part_of, whole_shape
+from ds_llep.timeline import part
 from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
+
+_FEW = 2
+"""Experts that travel behind the tokens."""
 
 
 class Exchange:
@@ -31,6 +39,7 @@ class Exchange:
         table: all EP groups for ``shards``; this process's own where the home ranks send.
         ep_group: the EP group.
         sharded: pieces come from ZeRO-3 parts instead of the home rank.
+        always_ready: the source needs no gather, so a fetch may start before the experts run.
         cache: keep foreign experts until their place is needed or their weights change.
     """
 
@@ -40,10 +49,11 @@ class Exchange:
         ep_group: dist.ProcessGroup,
         *,
         sharded: bool,
+        always_ready: bool,
         cache: bool,
     ) -> None:
         self.table, self.ep_group = table, ep_group
-        self.sharded, self.cache = sharded, cache
+        self.sharded, self.always_ready, self.cache = sharded, always_ready, cache
         # A home rank's shards are in all EP groups, the home rank itself is in this one.
         self.group = dist.get_world_group() if sharded else ep_group
         self._token = object()
@@ -53,9 +63,12 @@ class Exchange:
         self._versions: dict[int, tuple[int, ...]] = {}
 
     @classmethod
-    def of_home_ranks(cls, ep_group: dist.ProcessGroup, *, cache: bool = True) -> Exchange:
+    def of_home_ranks(
+        cls, ep_group: dist.ProcessGroup, *, always_ready: bool = True, cache: bool = True
+    ) -> Exchange:
         """The exchange in which home ranks send."""
-        return cls(RankTable.of_group(ep_group), ep_group, sharded=False, cache=cache)
+        table = RankTable.of_group(ep_group)
+        return cls(table, ep_group, sharded=False, always_ready=always_ready, cache=cache)
 
     def by_group(self, values_RX: np.ndarray) -> list[np.ndarray]:
         """What the ranks of :attr:`group` have, in its order, as ``[P, X]`` of each EP group."""
@@ -147,6 +160,11 @@ class ForeignWeights:
                 self._wanted.setdefault(ranks[spill.helper], []).append(spill.expert)
         self._places: list[int] = []
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether the fetch is to start before the tokens travel; the same on all ranks."""
+        return self._exchange.always_ready and sum(map(len, self._wanted.values())) > _FEW
+
     def start(self) -> None:
         """Start to send and receive what helpers do not have yet; nothing where all have all."""
         exchange, table = self._exchange, self._exchange.table
@@ -215,3 +233,22 @@ class ForeignWeights:
 
     def _operation(self, direction: Callable, tensor: torch.Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(direction, tensor, peer, self._exchange.group)
+
+
+def start_in_backward(y_TD: torch.Tensor, foreign: ForeignWeights) -> torch.Tensor:
+    """``y_TD`` itself; when its gradient arrives, a fetch that is to start early does so."""
+    return _StartInBackward.apply(y_TD, foreign)
+
+
+class _StartInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_TD, foreign):
+        ctx.foreign = foreign
+        return y_TD.view_as(y_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        if ctx.foreign.starts_early:
+            with part("fetch backward"):
+                ctx.foreign.start()
+        return grad_TD, None

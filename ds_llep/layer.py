@@ -18,7 +18,7 @@ from ds_llep.config import LLEPConfig
 from ds_llep.counts import Counting
 from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.experts import ExpertJob
-from ds_llep.fetch import Exchange, ForeignWeights
+from ds_llep.fetch import Exchange, ForeignWeights, start_in_backward
 from ds_llep.kernels.select import KernelSet, select_kernels
 from ds_llep.monitor import Statistics
 from ds_llep.plan import Plan, make_plan, plan_from_tokens
@@ -85,9 +85,6 @@ class LLEPMoELayer(AutoEPMoELayer):
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
         scores_TK, plans, route, maps = self._route_and_plan(x_TD, weights)
-        backward = DispatchBackward(route)
-        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
-        # What else the host has to do with the plan, it does while the tokens are on their way.
         plan = plans[exchange.table.group_index]
         context.statistics.record(context.index, plan, self.training, x_TD.dtype)
         foreign = ForeignWeights(
@@ -99,6 +96,11 @@ class LLEPMoELayer(AutoEPMoELayer):
             size=context.workspace_size,
             count=partial(context.statistics.count_fetched, context.index, self.training),
         )
+        if foreign.starts_early:
+            with part("fetch"):
+                foreign.start()
+        backward = DispatchBackward(route)
+        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
         job = ExpertJob(
             plan=plan,
             rows_per_slot=route.rows_per_slot,
@@ -111,6 +113,8 @@ class LLEPMoELayer(AutoEPMoELayer):
         )
         out_home, out_foreign = self.experts(*dispatched, job=job)
         y_TD = combine(out_home, out_foreign, dispatched.arrived_UK, route, maps)
+        if not keep_foreign:
+            y_TD = start_in_backward(y_TD, foreign)
         return self._finalize_output(
             y_TD.reshape(batch, seq_len, hidden), x_TD, hidden_states, hidden
         )

@@ -270,7 +270,9 @@ def one_bad_router(ep_size: int, together: bool, bad_rank: int, how: str, seed: 
     if together:
         edp_group = groups._get_expert_data_parallel_group(ours.ep_group_name)
         table = RankTable.gather(ours.ep_group, edp_group)
-        ours.llep.exchange = Exchange(table, ours.ep_group, sharded=True, cache=True)
+        ours.llep.exchange = Exchange(
+            table, ours.ep_group, sharded=True, always_ready=True, cache=True
+        )
     try:
         ours(x)
         error = ("nothing", "", "")

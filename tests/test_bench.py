@@ -90,6 +90,8 @@ def test_session(pools, seed):
         assert {"counts", "plan", "dispatch/all-to-all", "gradient return"} <= set(
             hot["breakdown_ms"]
         )
+        outer = [name.split("/")[0] for name in hot["breakdown_ms"]]
+        assert sum(a != b for a, b in zip(outer, outer[1:], strict=False)) == len({*outer}) - 1
         for name, mean in hot["breakdown_ms"].items():
             assert 0 <= mean <= hot["breakdown_slowest_ms"][name] * (1 + 1e-9), name
     # What is agreed on is the same everywhere.

@@ -31,7 +31,7 @@ ROOMS = {
     "shards": ({"ranks"}, {"torch", "deepspeed.accelerator", "deepspeed.runtime.zero"}),
     "workspace": (set(), {"torch"}),
     "fetch": (
-        {"plan", "ranks", "shards", "workspace"},
+        {"plan", "ranks", "shards", "timeline", "workspace"},
         {"numpy", "torch", "deepspeed.comm"},
     ),
     "returns": ({"plan", "fetch", "workspace"}, {"torch", "deepspeed.comm"}),

@@ -47,11 +47,28 @@ class Batch:
 
     def counts_PE(self, step: int, layer: int) -> np.ndarray:
         """int64 ``[P, E]`` of this rank's EP group."""
-        first = dist.get_rank() // self._ep_size * self._ep_size
+        first = self._sources()[0]
         return self._workload.counts_PE(self._ep_size, self._draw(step, layer, first))
+
+    def reached_PP(self, step: int, layer: int) -> np.ndarray:
+        """int64 ``[P, P]``: a rank's tokens that have an expert at home on each rank of its group.
+
+        It draws the tokens of all these ranks.
+        """
+        P, M = self._ep_size, self._shape.num_experts // self._ep_size
+        homes = [
+            self._workload.expert_ids(self._draw(step, layer, source)) // M
+            for source in self._sources()
+        ]
+        return np.array([[(home_TK == p).any(1).sum() for p in range(P)] for home_TK in homes])
 
     def _draw_ids(self, step: int, layer: int) -> torch.Tensor:
         return torch.from_numpy(self._workload.expert_ids(self._draw(step, layer, dist.get_rank())))
+
+    def _sources(self) -> range:
+        """The ranks of this rank's EP group."""
+        first = dist.get_rank() // self._ep_size * self._ep_size
+        return range(first, first + self._ep_size)
 
     def _draw(self, step: int, layer: int, source: int) -> Draw:
         E, K, tokens = self._shape.num_experts, self._shape.top_k, self._shape.tokens

@@ -1,14 +1,7 @@
 """What one MoE layer costs with one plan on one machine: seconds by part, bytes, rows in memory.
 
-A layer is a few stages, each ended by a collective, so a stage lasts as long as its slowest rank:
-
-    forward:   counts, plan, rows into send order | all-to-all | experts | all-to-all | weighted sum
-    backward:  gradients into send order | all-to-all | experts | all-to-all | sum
-
-In the experts stage a rank regroups its rows, computes home and foreign experts, and in backward
-waits for what returns. Weights travel before the all-to-all that follows their fetch, not beside
-it: both use the same links and, with NCCL, the same communicator, which runs one thing at a time.
-What that delays is the part "wait".
+Beside the stages of :mod:`ds_llep.bench.stages` a layer exchanges counts, plans on the host, and
+has an overhead that depends on nothing.
 
 The model counts FLOP, bytes and tiles and knows no congestion, no power limit and no memory
 allocator; what it was compared with is in docs/simulate.md.
@@ -24,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ds_llep.bench import stages
 from ds_llep.bench.machine import DTYPES, Machine
-from ds_llep.bench.primitives import Kernels, Links, Products
+from ds_llep.bench.parcels import at_home, distinct, most_parcels, traffic
+from ds_llep.bench.primitives import Kernels, Links
 from ds_llep.bench.shapes import Shape
 from ds_llep.plan import Plan
-
-_SUM_BYTES = 10  # of memory traffic for each element of a gradient that is added at home in fp32
 
 
 class Bytes(NamedTuple):
@@ -44,9 +37,10 @@ class LayerCost:
     """Seconds of one layer and micro-batch, of the slowest rank at each stage, and its traffic."""
 
     forward: dict[str, float]
-    """Seconds by part: counts, plan, overhead, dispatch, wait, home, foreign, combine."""
+    """Seconds by part: counts, overhead, dispatch, home, combine; llep's also plan, wait (for
+    foreign weights) and foreign."""
     backward: dict[str, float]
-    """Seconds by part: overhead, combine, wait, home, foreign, return, dispatch."""
+    """Seconds by part: overhead, combine, home, dispatch; llep's also wait, foreign, return."""
     row_bytes: Bytes
     """Of the four all-to-alls together, all ranks'."""
     weight_bytes: Bytes
@@ -54,7 +48,8 @@ class LayerCost:
     rows_P: np.ndarray
     """Rows that each rank computes."""
     kept_bytes_P: np.ndarray
-    """Rows that each rank keeps from forward to backward: dispatched rows, gate, up, combined."""
+    """What each rank keeps of rows from forward to backward: dispatched rows, gate and up; in
+    AutoEP's layer also combined rows."""
 
     @property
     def seconds(self) -> float:
@@ -68,24 +63,6 @@ def ep_plan(counts_PE: np.ndarray) -> Plan:
     tokens_EP = np.zeros((E, P), dtype=np.int64)
     tokens_EP[np.arange(E), np.arange(E) // (E // P)] = counts_PE.sum(0)
     return Plan(counts_PE, tokens_EP, bypassed=True)
-
-
-def traffic(plan: Plan) -> np.ndarray:
-    """int64 ``[P, P]``: rows from each source rank to each computing rank, of all experts.
-
-    Row s is ``plan.send_EP(s).sum(0)``.
-    """
-    P, M = plan.num_ranks, plan.experts_per_rank
-    rows_PP = plan.counts_PE.reshape(P, P, M).sum(2)
-    for expert in {spill.expert for spill in plan.spills}:
-        rows_PP[:, expert // M] -= plan.counts_PE[:, expert]
-        source, computing = plan.counts_PE[:, expert].cumsum(), plan.tokens_EP[expert].cumsum()
-        ends = np.minimum.outer(source, computing)
-        starts = np.maximum.outer(
-            source - plan.counts_PE[:, expert], computing - plan.tokens_EP[expert]
-        )
-        rows_PP += np.maximum(ends - starts, 0)
-    return rows_PP
 
 
 def spilled(plan: Plan) -> np.ndarray:
@@ -105,9 +82,8 @@ def layer_cost(
     fetched_again_PP: np.ndarray | None = None,
     ranks_per_node: int | None = None,
     dtype: str | None = None,
-    autoep: bool = False,
 ) -> LayerCost:
-    """The cost of a plan.
+    """The cost of llep's layer with a plan.
 
     Args:
         plan: of the EP group; ranks of a node are neighbours in it.
@@ -117,33 +93,26 @@ def layer_cost(
         fetched_again_PP: the same in backward; None: none, they are still there.
         ranks_per_node: None: the machine's.
         dtype: of rows and weights; None: the machine's.
-        autoep: with the overheads of AutoEP's layer, and no plan, as it makes none.
     """
-    P, M = plan.num_ranks, plan.experts_per_rank
-    none_PP, lent_PP = np.zeros((P, P)), spilled(plan)
-    home_MP = plan.tokens_EP.reshape(P, M, P).diagonal(axis1=0, axis2=2)
-    foreign_GP = np.zeros((len(plan.spills), P))
+    kernels, links = _machinery(shape, machine, plan.num_ranks, ranks_per_node, dtype)
+    lent_PP, home_MP = spilled(plan), _home_rows(plan)
+    foreign_GP = np.zeros((len(plan.spills), plan.num_ranks))
     for group, spill in enumerate(plan.spills):
         foreign_GP[group, spill.helper] = spill.tokens
-    planning = 0.0
-    if not autoep:
-        planning += machine.plan_seconds_per_expert * plan.num_experts
-        planning += machine.plan_seconds_per_choice * len(plan.spills) * P
-    kernels = Kernels(machine, shape, DTYPES[dtype or machine.dtype])
-    return _cost(
-        kernels,
-        Links(machine, P, ranks_per_node),
-        shape,
+    work = stages.Work(
+        top_k=shape.top_k,
         home=kernels.products(home_MP, np.ones_like(home_MP, dtype=bool)),
         foreign=kernels.products(foreign_GP, foreign_GP > 0),
-        rows_PP=traffic(plan),
         foreign_rows_P=foreign_GP.sum(0),
+        rows_PP=traffic(plan),
+        parcels_PP=most_parcels(plan, distinct(at_home(plan), shape.top_k), shape.top_k),
         fetched_PP=lent_PP if fetched_PP is None else fetched_PP,
-        fetched_again_PP=none_PP if fetched_again_PP is None else fetched_again_PP,
+        fetched_again_PP=0 * lent_PP if fetched_again_PP is None else fetched_again_PP,
         returned_PP=lent_PP,
-        planning=planning,
-        overheads=_overheads(machine, autoep),
     )
+    planning = machine.plan_seconds_per_expert * plan.num_experts
+    planning += machine.plan_seconds_per_choice * len(plan.spills) * plan.num_ranks
+    return _llep_cost(work, kernels, links, machine, planning)
 
 
 def ideal_cost(
@@ -154,114 +123,92 @@ def ideal_cost(
     ranks_per_node: int | None = None,
     dtype: str | None = None,
 ) -> LayerCost:
-    """The cost if the router were perfectly even: equal rows on all ranks, no weights moved.
+    """The cost of llep's layer if the router were perfectly even: equal rows on all ranks.
 
     Each rank sends an equal share of its rows to every rank; products run at the machine's best
-    rate without a row of padding; nothing is planned. Expert time is never more than a plan's. A
-    plan can still win in traffic, since it may leave tokens on the rank that they are on.
+    rate without a row of padding; nothing is planned, and no weights move. Expert time is never
+    more than a plan's. A plan can still win in traffic, since it may leave tokens on the rank that
+    they are on.
     """
     P = len(counts_PE)
+    kernels, links = _machinery(shape, machine, P, ranks_per_node, dtype)
     none_PP, none_GP = np.zeros((P, P)), np.zeros((0, P))
     active = np.count_nonzero(counts_PE.sum(0)) / P
-    kernels = Kernels(machine, shape, DTYPES[dtype or machine.dtype])
-    return _cost(
-        kernels,
-        Links(machine, P, ranks_per_node),
-        shape,
+    rows_PP = np.repeat(counts_PE.sum(1, keepdims=True) / P, P, axis=1)
+    parcels_PP = distinct(rows_PP, shape.top_k)
+    np.fill_diagonal(parcels_PP, 0)
+    work = stages.Work(
+        top_k=shape.top_k,
         home=kernels.even_products(counts_PE.sum() / P, active, P),
         foreign=kernels.products(none_GP, none_GP > 0),
-        rows_PP=np.repeat(counts_PE.sum(1, keepdims=True) / P, P, axis=1),
         foreign_rows_P=np.zeros(P),
+        rows_PP=rows_PP,
+        parcels_PP=parcels_PP,
         fetched_PP=none_PP,
         fetched_again_PP=none_PP,
         returned_PP=none_PP,
-        planning=0.0,
-        overheads=_overheads(machine, autoep=False),
     )
+    return _llep_cost(work, kernels, links, machine, planning=0.0)
 
 
-def _cost(
-    kernels: Kernels,
-    links: Links,
+def autoep_cost(
+    counts_PE: np.ndarray,
     shape: Shape,
+    machine: Machine,
     *,
-    home: Products,
-    foreign: Products,
-    rows_PP: np.ndarray,
-    foreign_rows_P: np.ndarray,
-    fetched_PP: np.ndarray,
-    fetched_again_PP: np.ndarray,
-    returned_PP: np.ndarray,
-    planning: float,
-    overheads: tuple[float, float],
+    ranks_per_node: int | None = None,
+    dtype: str | None = None,
 ) -> LayerCost:
-    """Put the stages together; see the module's docstring."""
-    row, expert = kernels.row_bytes, kernels.expert_bytes
-    sent_P, rows_P = rows_PP.sum(1), rows_PP.sum(0)
-    home_rows_P = rows_P - foreign_rows_P
-    all_to_all = links.all_to_all(rows_PP * row)  # as long there as back
-    order_P, regroup_P = kernels.passes(2 * sent_P * row), kernels.passes(2 * rows_P * row)
-    sum_P = kernels.passes(sent_P * row * (1 + 1 / shape.top_k))
-
-    home_P = home.forward + kernels.activation(home_rows_P)
-    foreign_P = foreign.forward + kernels.activation(foreign_rows_P)
-    slowest = (2 * regroup_P + home_P + foreign_P).argmax()
-    forward = {
-        "counts": links.latency,
-        "plan": planning,
-        "overhead": overheads[0],
-        "dispatch": order_P.max() + all_to_all + regroup_P[slowest],
-        "wait": _delay(order_P, links.transfer(fetched_PP * expert)),
-        "home": home_P[slowest],
-        "foreign": foreign_P[slowest],
-        "combine": regroup_P[slowest] + all_to_all + sum_P.max(),
-    }
-
-    # Two activations' worth of traffic, and the sum of the two gradients of the rows.
-    home_P = home.hidden + 2 * kernels.activation(home_rows_P)
-    home_P = home_P + kernels.passes(3 * home_rows_P * row)
-    foreign_P = foreign.hidden + 2 * kernels.activation(foreign_rows_P) + foreign.gate_up
-    foreign_P = foreign_P + kernels.passes(3 * foreign_rows_P * row)
-    sent_at_P = regroup_P + home_P + foreign_P
-    computed_P = sent_at_P + home.gate_up
-    return_P = _arrival(sent_at_P, returned_PP, links.transfer(returned_PP.T * expert)) - computed_P
-    added_P = kernels.passes(returned_PP.sum(1) * shape.expert_numel * _SUM_BYTES)
-    return_P = np.maximum(return_P, 0) + added_P
-    slowest = (computed_P + return_P + regroup_P).argmax()
-    order_P = order_P + sum_P  # the scores' gradient reads all rows once more
-    backward = {
-        "overhead": overheads[1],
-        "combine": order_P.max() + all_to_all + regroup_P[slowest],
-        "wait": _delay(order_P, links.transfer(fetched_again_PP * expert)),
-        "home": (home_P + home.gate_up)[slowest],
-        "foreign": foreign_P[slowest],
-        "return": return_P[slowest],
-        "dispatch": regroup_P[slowest] + all_to_all + sum_P.max(),
-    }
-    weights_PP = fetched_PP + fetched_again_PP + returned_PP.T
-    gate_and_up = 2 * shape.ffn_size * kernels.element_size
+    """The cost of AutoEP's layer: every token at its expert's home."""
+    plan = ep_plan(counts_PE)
+    kernels, links = _machinery(shape, machine, plan.num_ranks, ranks_per_node, dtype)
+    home_MP, rows_PP = _home_rows(plan), traffic(plan)
+    products = kernels.products(home_MP, np.ones_like(home_MP, dtype=bool))
+    forward, backward = stages.autoep(products, rows_PP, shape.top_k, kernels, links)
+    crossing = 2 * (rows_PP + rows_PP.T) * kernels.row_bytes
     return LayerCost(
-        forward={name: float(value) for name, value in forward.items()},
-        backward={name: float(value) for name, value in backward.items()},
-        row_bytes=Bytes(*links.crossing(2 * (rows_PP + rows_PP.T) * row)),
-        weight_bytes=Bytes(*links.crossing(weights_PP * expert)),
-        rows_P=rows_P,
-        kept_bytes_P=rows_P * (row + gate_and_up) + sent_P * row,
+        forward={
+            "counts": links.latency,
+            "overhead": machine.autoep_overhead_forward,
+            **forward,
+        },
+        backward={"overhead": machine.autoep_overhead_backward, **backward},
+        row_bytes=Bytes(*links.crossing(crossing)),
+        weight_bytes=Bytes(0.0, 0.0),
+        rows_P=rows_PP.sum(0),
+        kept_bytes_P=kernels.kept_bytes(rows_PP.sum(0)) + rows_PP.sum(1) * kernels.row_bytes,
     )
 
 
-def _delay(before_P: np.ndarray, fetch_P: np.ndarray) -> float:
-    """How much later than without a fetch the last rank is ready for an all-to-all."""
-    return max(0.0, fetch_P.max() - before_P.max())
+def _llep_cost(
+    work: stages.Work, kernels: Kernels, links: Links, machine: Machine, planning: float
+) -> LayerCost:
+    forward, backward = stages.llep(work, kernels, links)
+    moved_PP = work.fetched_PP + work.fetched_again_PP + work.returned_PP.T
+    rows_P = work.rows_PP.sum(0)
+    return LayerCost(
+        forward={
+            "counts": links.latency,
+            "plan": planning,
+            "overhead": machine.overhead_forward,
+            **forward,
+        },
+        backward={"overhead": machine.overhead_backward, **backward},
+        row_bytes=Bytes(*links.crossing(stages.crossing(work, kernels))),
+        weight_bytes=Bytes(*links.crossing(moved_PP * kernels.expert_bytes)),
+        rows_P=rows_P,
+        kept_bytes_P=kernels.kept_bytes(rows_P),
+    )
 
 
-def _arrival(ready_P: np.ndarray, returned_PP: np.ndarray, transfer_P: np.ndarray) -> np.ndarray:
-    """``[P]``: when a rank's returns are done, which start when both ends are ready; 0 for none."""
-    together_PP = np.where((returned_PP + returned_PP.T) > 0, np.maximum.outer(ready_P, ready_P), 0)
-    return np.where(transfer_P > 0, together_PP.max(1) + transfer_P, 0)
+def _machinery(
+    shape: Shape, machine: Machine, num_ranks: int, ranks_per_node: int | None, dtype: str | None
+) -> tuple[Kernels, Links]:
+    kernels = Kernels(machine, shape, DTYPES[dtype or machine.dtype])
+    return kernels, Links(machine, num_ranks, ranks_per_node)
 
 
-def _overheads(machine: Machine, autoep: bool) -> tuple[float, float]:
-    if autoep:
-        return machine.autoep_overhead_forward, machine.autoep_overhead_backward
-    return machine.overhead_forward, machine.overhead_backward
+def _home_rows(plan: Plan) -> np.ndarray:
+    """``[M, P]``: rows of each rank's home experts."""
+    P, M = plan.num_ranks, plan.experts_per_rank
+    return plan.tokens_EP.reshape(P, M, P).diagonal(axis1=0, axis2=2)

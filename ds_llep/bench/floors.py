@@ -1,7 +1,9 @@
 """What each part of a layer takes at least: its FLOP or bytes at the machine's best rate.
 
 A floor assumes that nothing pads, waits or starts. So no part can be faster as the algorithm
-stands, and what is above its floor is what work on that part could win.
+stands, and what is above its floor is what work on that part could win. A part that waits for a
+transfer begins when the work beside the transfer ends, so its floor is what that work, if it takes
+no longer than its own floor, leaves of the transfer.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ds_llep.bench import machine
 from ds_llep.bench.calibrate import sizes
-from ds_llep.bench.cost import traffic
 from ds_llep.bench.machine import Points, seconds
+from ds_llep.bench.parcels import fewest_parcels, most_parcels, traffic
 from ds_llep.bench.rates import Rates
 from ds_llep.bench.shapes import Shape
 from ds_llep.plan import Plan
@@ -52,20 +55,27 @@ def best_rates(name: str | None, device: torch.device) -> BestRates:
 
 
 def of_parts(
-    best: BestRates, plans: Sequence[Plan], shape: Shape, rank: int, dtype: torch.dtype
+    best: BestRates,
+    plans: Sequence[Plan],
+    reached: Sequence[np.ndarray],
+    shape: Shape,
+    rank: int,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """Milliseconds of each part of :class:`~ds_llep.timeline.Timeline` that has a floor.
 
     Args:
         best: the machine's rates.
         plans: of the layers of one step.
+        reached: for each of them int ``[P, P]``: a rank's tokens (first index) that have an expert
+            at home on a rank.
         shape: the layers'.
         rank: in the EP group.
         dtype: of the rows.
     """
     total: dict[str, float] = {}
-    for plan in plans:
-        for name, value in _of_layer(best, plan, shape, rank, dtype).items():
+    for plan, reached_PP in zip(plans, reached, strict=True):
+        for name, value in _of_layer(best, plan, reached_PP, shape, rank, dtype).items():
             *outer, _ = name.split("/")
             for key in (name, *outer):
                 total[key] = total.get(key, 0.0) + 1e3 * value
@@ -73,39 +83,49 @@ def of_parts(
 
 
 def _of_layer(
-    best: BestRates, plan: Plan, shape: Shape, rank: int, dtype: torch.dtype
+    best: BestRates,
+    plan: Plan,
+    reached_PP: np.ndarray,
+    shape: Shape,
+    rank: int,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """Seconds of the innermost parts of one layer."""
-    row_bytes = shape.hidden_size * dtype.itemsize
-    rows_PP = traffic(plan)
-    sent, received = rows_PP[rank], rows_PP[:, rank]
-    crossing = max(sent.sum() - sent[rank], received.sum() - received[rank])
-    link = float(seconds(best.all_to_all, crossing * row_bytes)) if crossing else 0.0
-    copies, rows = int(sent.sum()), int(received.sum())
-    tokens = copies // shape.top_k
+    row_bytes, top_k = shape.hidden_size * dtype.itemsize, shape.top_k
+    tokens = int(plan.counts_PE[rank].sum()) // top_k
+    rows, own = int(plan.rank_load_P[rank]), int(traffic(plan)[rank, rank])
+    most_PP = most_parcels(plan, reached_PP, top_k)
+    sent, arrived = most_PP[rank].sum(), most_PP[:, rank].sum()
+    used = fewest_parcels(plan, reached_PP, top_k)[rank].sum()  # of the parcels that are sent
 
-    def passes(moved: int) -> float:
+    def passes(moved: float) -> float:
         return moved * row_bytes / best.memory
 
-    # Read or written once each: the tokens, their copies in send order, the rows by expert.
-    there, back = passes(tokens + copies + 2 * rows), passes(2 * rows + copies + tokens)
+    def link(labels: int) -> float:  # 4 bytes for each choice: a score, or the row of a copy
+        nbytes = max(sent, arrived) * (row_bytes + 4 * labels * top_k)
+        return float(seconds(best.all_to_all, nbytes)) if nbytes else 0.0
+
+    # Read or written once each: tokens, their parcels; tokens, own rows; parcels, their rows.
+    own_pass = passes(tokens + own)
+    there = passes(tokens + used) + own_pass + passes(arrived + rows - own)
+    back = passes(rows - own + arrived) + passes(own + used + tokens)
     first, last = rank * plan.experts_per_rank, (rank + 1) * plan.experts_per_rank
     home = int(plan.tokens_EP[first:last, rank].sum())
     gemm = {
         "home experts": shape.gemm_flop(home) / best.dense,
         "foreign experts": shape.gemm_flop(rows - home) / best.dense,
     }
+    behind = 2 / 3 * sum(gemm.values())  # backward's gradients of w1 and w3: two products of three
     return {
         "counts": best.latency,
         "dispatch/rows": there,
-        "dispatch/all-to-all": link,
+        "dispatch/all-to-all": max(link(labels=2) - own_pass, 0.0),
         **gemm,
         "combine/rows": back,
-        "combine/all-to-all": link,
-        # The scores' gradient reads the copies and the tokens once more.
-        "combine backward/rows": there + passes(copies + tokens),
-        "combine backward/all-to-all": link,
+        "combine/all-to-all": link(labels=0),
+        "combine backward/rows": there,
+        "combine backward/all-to-all": max(link(labels=0) - own_pass, 0.0),
         **{f"{name} backward": 2 * value for name, value in gemm.items()},
         "dispatch backward/rows": back,
-        "dispatch backward/all-to-all": link,
+        "dispatch backward/all-to-all": max(link(labels=1) - behind, 0.0),
     }

@@ -44,6 +44,10 @@ class Kernels:
         """Seconds of SwiGLU in forward: gate and up read, one result written."""
         return self.passes(3 * rows_P * self._shape.ffn_size * self.element_size)
 
+    def kept_bytes(self, rows_P: np.ndarray) -> np.ndarray:
+        """Of dispatched rows, gate and up."""
+        return rows_P * (self.row_bytes + 2 * self._shape.ffn_size * self.element_size)
+
     def products(self, rows_GP: np.ndarray, exist_GP: np.ndarray) -> Products:
         """Of groups of rows.
 

@@ -203,12 +203,17 @@ class Session:
             name: statistics.median(step.get(name, 0.0) for step in steps[WARM_UPS:])
             for name in steps[-1]
         }
-        plans = self._plans(workload)[: self.settings.layers]  # those of one step
-        shape, ep_rank = self.settings.shape, dist.get_rank() % self.ep_size
-        floor = floors.of_parts(self.best, plans, shape, ep_rank, self.dtype)
+        layers, shape = self.settings.layers, self.settings.shape
+        plans = self._plans(workload)[:layers]  # those of one step
+        reached = [self.batches[workload].reached_PP(WARM_UPS, layer) for layer in range(layers)]
+        ep_rank = dist.get_rank() % self.ep_size
+        floor = floors.of_parts(self.best, plans, reached, shape, ep_rank, self.dtype)
         everyone: list = [None] * self.world
         dist.all_gather_object(everyone, (mine, floor))
-        by_part = {name: [parts[name] for parts, _ in everyone] for name in mine}
+        # An outer part that is entered twice has inner ones that begin after its successors.
+        outer = list(dict.fromkeys(name.split("/")[0] for name in mine))
+        names = sorted(mine, key=lambda name: outer.index(name.split("/")[0]))
+        by_part = {name: [parts[name] for parts, _ in everyone] for name in names}
         record["breakdown_ms"] = {n: statistics.fmean(ranks) for n, ranks in by_part.items()}
         record["breakdown_slowest_ms"] = {name: max(ranks) for name, ranks in by_part.items()}
         record["breakdown_floor_ms"] = {

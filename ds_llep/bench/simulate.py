@@ -5,9 +5,9 @@
     ds-llep simulate --against results.jsonl
 
 Times are of the MoE layers alone, in a training step of one micro-batch. "ideal" is a perfectly
-even router: all ranks compute equally many rows and no weights move. Loads and bytes are exact for
-the counts; seconds are a model's, compared with measurements in docs/simulate.md. --against makes
-that comparison with results of ds-llep bench.
+even router: all ranks compute equally many rows and no weights move. Loads and bytes of weights are
+exact for the counts, bytes of llep's rows an estimate from them. Seconds are a model's, compared
+with measurements in docs/simulate.md. --against compares with results of ds-llep bench.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ds_llep.bench.cost import Bytes, LayerCost, ep_plan, ideal_cost, layer_cost
+from ds_llep.bench.cost import Bytes, LayerCost, autoep_cost, ideal_cost, layer_cost
 from ds_llep.bench.machine import DTYPES, Machine
 from ds_llep.bench.shapes import Shape
 from ds_llep.config import LLEPConfig
@@ -82,12 +82,8 @@ def step_cost(
         costs = [ideal_cost(counts_PE, shape, machine, **where) for counts_PE, shape in layers]
         return _total(costs)
     if mode == "ep":
-        plans = [ep_plan(counts_PE) for counts_PE, _ in layers]
-        costs = [
-            layer_cost(plan, shape, machine, autoep=True, **where)
-            for plan, (_, shape) in zip(plans, layers, strict=True)
-        ]
-        return _total(costs, plans)
+        costs = [autoep_cost(counts_PE, shape, machine, **where) for counts_PE, shape in layers]
+        return _total(costs)
     shapes, element_size = [shape for _, shape in layers], DTYPES[system.dtype]
     plans = [
         make_plan(counts_PE, config.with_room(shape.expert_numel * element_size)[0])

@@ -1,0 +1,109 @@
+"""How many tokens travel: estimated, bounded, and as routes have it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ds_llep import LLEPConfig, make_plan
+from ds_llep.bench.parcels import at_home, distinct, fewest_parcels, most_parcels, traffic
+from ds_llep.kernels.select import select_kernels
+from ds_llep.plan import Plan
+from ds_llep.route import Addresses, make_route, sort_copies
+
+CPU = select_kernels("torch", torch.device("cpu"))
+NONE, SOME = (
+    LLEPConfig(imbalance_threshold=threshold, min_tokens_per_gemm=1) for threshold in (1e9, 1.0)
+)
+
+
+def routed(seed: int) -> tuple[list[np.ndarray], int, int]:
+    """Expert ids ``[T, K]`` of ranks with unequal numbers of tokens; experts; K."""
+    rng = np.random.default_rng(seed)
+    P, M, K = int(rng.choice([2, 3, 4])), int(rng.integers(2, 6)), int(rng.integers(2, 5))
+    popularity_E = rng.dirichlet(np.full(P * M, 0.3))
+    sizes = rng.integers(20, 300, P)
+    return [rng.choice(P * M, (T, K), p=popularity_E) for T in sizes], P * M, K
+
+
+def counted(ids: list[np.ndarray], num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts ``[P, E]`` and, of each rank, its tokens with an expert at home on each rank."""
+    P, M = len(ids), num_experts // len(ids)
+    counts_PE = np.stack([np.bincount(i.ravel(), minlength=num_experts) for i in ids])
+    reached_PP = np.stack([[(i // M == p).any(1).sum() for p in range(P)] for i in ids])
+    return counts_PE, reached_PP
+
+
+@pytest.mark.parametrize("config", [NONE, SOME])
+def test_traffic_is_what_the_plan_sends(seed, config):
+    ids, E, _ = routed(seed)
+    counts_PE, _ = counted(ids, E)
+    plan = make_plan(counts_PE, config)
+    sent_PP = np.stack([plan.send_EP(source).sum(0) for source in range(plan.num_ranks)])
+    np.testing.assert_array_equal(traffic(plan), sent_PP)
+    if config is NONE:
+        np.testing.assert_array_equal(at_home(plan), sent_PP)
+
+
+@pytest.mark.parametrize("config", [NONE, SOME])
+def test_as_in_routes(seed, config):
+    """What travels is what routes say; of these parcels no fewer are used than the lower bound."""
+    ids, E, K = routed(seed)
+    counts_PE, reached_PP = counted(ids, E)
+    plan = make_plan(counts_PE, config)
+    most_PP, fewest_PP = (bound(plan, reached_PP, K) for bound in (most_parcels, fewest_parcels))
+    used_PP = np.zeros_like(reached_PP)
+    for rank, own_ids in enumerate(ids):
+        selected_TK = torch.from_numpy(own_ids)
+        counts, tokens = torch.tensor(plan.counts_PE), torch.tensor(plan.tokens_EP)
+        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), counts, tokens, rank)
+        route, maps = make_route(Addresses(*found), reached_PP, plan, rank, None, CPU)
+        assert route.send_splits == most_PP[rank].tolist()
+        assert route.recv_splits == most_PP[:, rank].tolist()
+        places = np.sort(maps.sent_TK[maps.sent_TK >= 0].numpy())
+        ends = np.cumsum(route.send_splits)
+        used_PP[rank] = np.diff(np.searchsorted(places, ends), prepend=0)
+    assert (fewest_PP <= used_PP).all() and (used_PP <= most_PP).all()
+    assert used_PP.any()
+    if config is NONE:
+        np.testing.assert_array_equal(fewest_PP, most_PP)
+
+
+def test_bounds_by_hand():
+    """Four tokens of rank 0 choose expert 1 twice; it keeps four of these eight copies."""
+    counts_PE, tokens_EP = np.array([[0, 8], [0, 8]]), np.array([[0, 0], [4, 12]])
+    plan = Plan(counts_PE, tokens_EP, bypassed=False)
+    reached_PP = np.array([[0, 4], [0, 4]])
+    np.testing.assert_array_equal(traffic(plan), [[4, 4], [0, 8]])
+    np.testing.assert_array_equal(most_parcels(plan, reached_PP, 2), [[0, 4], [0, 0]])
+    np.testing.assert_array_equal(fewest_parcels(plan, reached_PP, 2), [[0, 2], [0, 0]])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_distinct_tokens_of_independent_choices(seed, top_k):
+    rng = np.random.default_rng(seed)
+    share_P, tokens = rng.dirichlet(np.ones(4)), [50_000, 20_000]
+    ids = [rng.choice(4, (T, top_k), p=share_P) for T in tokens]
+    copies_PP = np.stack([np.bincount(i.ravel(), minlength=4) for i in ids])
+    true_PP = np.stack([[(i == p).any(1).sum() for p in range(4)] for i in ids])
+    found_PP = distinct(copies_PP, top_k)
+    # Six standard deviations of the number itself.
+    np.testing.assert_allclose(found_PP, true_PP, rtol=0, atol=6 * np.sqrt(max(tokens) / 4))
+    if top_k == 1:
+        np.testing.assert_allclose(found_PP, copies_PP)
+
+
+def test_distinct_at_the_ends():
+    copies_PP = np.array([[12, 0], [0, 0]])
+    np.testing.assert_allclose(distinct(copies_PP, 3), [[4, 0], [0, 0]])
+
+
+def test_estimate_is_no_more_than_there_are(seed):
+    """Never more than tokens or copies, so that without spills it is what travels."""
+    ids, E, K = routed(seed)
+    counts_PE, _ = counted(ids, E)
+    plan = make_plan(counts_PE, NONE)
+    expected_PP = distinct(at_home(plan), K)
+    np.fill_diagonal(expected_PP, 0)
+    np.testing.assert_allclose(most_parcels(plan, distinct(at_home(plan), K), K), expected_PP)
