@@ -124,7 +124,6 @@ def _address_kernel(
         sent = tl.where(own, -1, tl.where(again, -(to + 2), to))
         tl.store(sent_ptr + copy, sent, mask=t < T)
         reached = _max(reached, here)
-    reached = tl.where((ranks != rank)[None, :] & (t < T)[:, None], reached, 0)
     tl.store(parcels_ptr + block * BLOCK_P + ranks, tl.reduce(reached, 0, _add))
 
 
