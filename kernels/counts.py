@@ -12,18 +12,9 @@ import triton
 import triton.language as tl
 
 from . import reference
+from .combining import add, larger
 
 _TOKENS = 128  # of a block
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
-def _max(a, b):
-    return tl.where(a > b, a, b)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -51,16 +42,16 @@ def _count_kernel(
         bins = tl.where(t < T, tl.where(known, e, E), E + 1).to(tl.int32)
         counts += tl.histogram(bins, BINS)
         home = tl.where(known & (t < T), e // (E // P), -1).to(tl.int32)
-        reached = _max(reached, (home[:, None] == rank[None, :]).to(tl.int32))
+        reached = larger(reached, (home[:, None] == rank[None, :]).to(tl.int32))
         score = tl.load(scores_ptr + t * K + k, mask=t < T, other=0.0).to(tl.float32)
         odd += ((score != score) | (score - score != 0.0)).to(tl.int32)
     bin = tl.arange(0, BINS)
     # Expert counts, then the unknown ones two fields behind the ranks.
     field = tl.where(bin < E, bin, E + P)
     tl.atomic_add(report_ptr + field, counts.to(tl.int64), mask=(bin <= E) & (counts > 0))
-    tokens = tl.reduce(reached, 0, _add)
+    tokens = tl.reduce(reached, 0, add)
     tl.atomic_add(report_ptr + E + rank, tokens.to(tl.int64), mask=rank < P)
-    odd_sum = tl.reduce(odd, 0, _add)
+    odd_sum = tl.reduce(odd, 0, add)
     tl.atomic_add(report_ptr + E + P + 1, odd_sum.to(tl.int64))
 
 

@@ -19,30 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .combining import add, larger, smaller
+
 # Above every effective load and every key; shifted right by the bits of a rank still above loads.
 NOTHING = tl.constexpr(2**62)
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit
 def _next_expert(key_PM, below, effective_P, capacity):
     """The largest key under `below` of an expert whose home is over capacity, or -1."""
     spills = (key_PM < below) & (effective_P > capacity)[:, None]
-    return tl.reduce(tl.reduce(tl.where(spills, key_PM, -1), 1, _larger), 0, _larger)
+    return tl.reduce(tl.reduce(tl.where(spills, key_PM, -1), 1, larger), 0, larger)
 
 
 # Numbers of the config: specialising on their values would only compile anew.
@@ -77,9 +64,9 @@ def _plan_lla_kernel(
             load_PM += row_PM.to(tl.int64)
 
     # A rank's effective load: what it was assigned and its home experts that are not placed yet.
-    effective_P = tl.reduce(load_PM, 1, _add)
-    total = tl.reduce(effective_P, 0, _add)
-    largest = tl.reduce(effective_P, 0, _larger)
+    effective_P = tl.reduce(load_PM, 1, add)
+    total = tl.reduce(effective_P, 0, add)
+    largest = tl.reduce(effective_P, 0, larger)
     # The host's IEEE operations on the host's integers, all below 2^53: the host's doubles.
     threshold = threshold_bits.to(tl.float64, bitcast=True)
     factor = factor_bits.to(tl.float64, bitcast=True)
@@ -103,7 +90,7 @@ def _plan_lla_kernel(
         home = place // BLOCK_M
         expert = home * M + place % BLOCK_M
         is_home_P = p == home
-        overload = tl.reduce(tl.where(is_home_P, effective_P - capacity, 0), 0, _add)
+        overload = tl.reduce(tl.where(is_home_P, effective_P - capacity, 0), 0, add)
         spilled = tl.minimum(load, overload)
         effective_P -= tl.where(is_home_P, spilled, 0)
         helper_P = (p < P) & (p != home) & (foreign_experts_P < max_foreign_experts)
@@ -112,13 +99,13 @@ def _plan_lla_kernel(
         looking = rest > 0
         while looking:
             candidate_P = tl.where(helper_P, effective_P * BLOCK_P + p, NOTHING)
-            candidate = tl.reduce(candidate_P, 0, _smaller)
+            candidate = tl.reduce(candidate_P, 0, smaller)
             helper = candidate % BLOCK_P
             helper_load = candidate // BLOCK_P
             room = capacity - helper_load
             least_load = helper_load
             if room <= 0:
-                least_load = tl.reduce(tl.where(p < P, effective_P, NOTHING), 0, _smaller)
+                least_load = tl.reduce(tl.where(p < P, effective_P, NOTHING), 0, smaller)
             # Not where less loaded ranks are at their limit, nor where there is no helper.
             helps = helper_load <= least_load
             chunk = tl.minimum(rest, room)
@@ -136,7 +123,7 @@ def _plan_lla_kernel(
         tl.store(tokens_ptr + expert * P + p, taken_P, mask=taken_P > 0)
         key = _next_expert(key_PM, key, effective_P, capacity)
     tl.store(tokens_ptr + expert_PM * P + p[:, None], kept_PM, mask=exists_PM)
-    tl.store(capped_ptr, tl.reduce(capped_P, 0, _add))
+    tl.store(capped_ptr, tl.reduce(capped_P, 0, add))
 
 
 def plan_lla(

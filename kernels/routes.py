@@ -18,18 +18,9 @@ import triton
 import triton.language as tl
 
 from . import reference
+from .combining import add, larger
 
 _TOKENS = 128  # of a block
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
-def _max(a, b):
-    return tl.where(a > b, a, b)
 
 
 @triton.jit
@@ -64,16 +55,16 @@ def _run_kernel(
     is_home = (e // (E // P))[:, None] == p[None, :]
     home = tl.where(is_home, tokens, 0)
     foreign = tokens - home
-    first_home = tl.associative_scan(home, 0, _add) - home
-    first_foreign = tl.associative_scan(foreign, 0, _add) - foreign
-    first_foreign += tl.reduce(home, 0, _add)[None, :]
+    first_home = tl.associative_scan(home, 0, add) - home
+    first_foreign = tl.associative_scan(foreign, 0, add) - foreign
+    first_foreign += tl.reduce(home, 0, add)[None, :]
     slot = tl.where(is_home, first_home, first_foreign)
     # Copies of earlier ranks fill an expert's runs from the left, then this rank's.
-    start = tl.associative_scan(tokens, 1, _add) - tokens
+    start = tl.associative_scan(tokens, 1, add) - tokens
     earlier = _clip(before[:, None] - start, tokens)
     sent = _clip((before + own)[:, None] - start, tokens) - earlier
-    first = tl.associative_scan(own, 0, _add) - own
-    end = first[:, None] + tl.associative_scan(sent, 1, _add)
+    first = tl.associative_scan(own, 0, add) - own
+    end = first[:, None] + tl.associative_scan(sent, 1, add)
     tl.store(end_ptr + entry, end, mask=mask)
     tl.store(shift_ptr + entry, slot + earlier - (end - sent), mask=mask)
 
@@ -119,12 +110,12 @@ def _address_kernel(
         tl.store(own_ptr + copy, tl.where(own, row, -1), mask=t < T)
         tl.store(target_ptr + copy, row, mask=t < T)
         here = (to[:, None] == ranks[None, :]).to(tl.int32)
-        again = tl.reduce(here * reached, 1, _max) > 0
+        again = tl.reduce(here * reached, 1, larger) > 0
         # The rank stands for the place until the next kernel knows it.
         sent = tl.where(own, -1, tl.where(again, -(to + 2), to))
         tl.store(sent_ptr + copy, sent, mask=t < T)
-        reached = _max(reached, here)
-    tl.store(parcels_ptr + block * BLOCK_P + ranks, tl.reduce(reached, 0, _add))
+        reached = larger(reached, here)
+    tl.store(parcels_ptr + block * BLOCK_P + ranks, tl.reduce(reached, 0, add))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -147,17 +138,17 @@ def _place_kernel(
         before = start + tl.arange(0, BLOCK_B)
         parcels_ptrs = parcels_ptr + before[:, None] * BLOCK_P + ranks[None, :]
         parcels = tl.load(parcels_ptrs, mask=(before < block)[:, None], other=0)
-        place += tl.reduce(parcels, 0, _add)
+        place += tl.reduce(parcels, 0, add)
     reached = tl.full([BLOCK_T, BLOCK_P], 0, tl.int32)
     for k in tl.static_range(K):
         to = tl.load(sent_ptr + t * K + k, mask=t < T, other=-1)
         reached += (to[:, None] == ranks[None, :]).to(tl.int32)
-    places = place[None, :] + tl.associative_scan(reached, 0, _add) - reached
+    places = place[None, :] + tl.associative_scan(reached, 0, add) - reached
     for k in tl.static_range(K):
         code = tl.load(sent_ptr + t * K + k, mask=t < T, other=-1)
         to = tl.where(code >= 0, code, -code - 2)
         here = tl.where(to[:, None] == ranks[None, :], places, 0)
-        found = tl.reduce(here, 1, _add)
+        found = tl.reduce(here, 1, add)
         sent = tl.where(code >= 0, found, tl.where(code == -1, -1, -(found + 2)))
         tl.store(sent_ptr + t * K + k, sent, mask=t < T)
 

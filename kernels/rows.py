@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import reference
+from .combining import unit_stride
 
 
 @triton.jit
@@ -98,10 +99,6 @@ def _sum_rows_kernel(
         tl.store(sums_ptr + u * sums_stride + d, total.to(sums_ptr.dtype.element_ty), mask=d < D)
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _launch_sizes(D: int, most: int) -> dict[str, int]:
     """Block along D and its warps: 16-byte loads, several in flight for each thread."""
     block = min(triton.next_power_of_2(max(D, 16)), most)
@@ -134,8 +131,8 @@ def scatter_rows(
     assert (values_UK is None) == (values_N is None)
     if values_UK is not None:
         assert values_UK.shape == (U, K)
-        values_UK = _unit_stride(values_UK)
-    x_UD = _unit_stride(x_UD)
+        values_UK = unit_stride(values_UK)
+    x_UD = unit_stride(x_UD)
     if U:
         _scatter_rows_kernel[(U,)](
             *(x_UD, target_UK, rows_ND, values_UK, values_N),
@@ -179,7 +176,7 @@ def sum_rows(
         out_UD = home_ND.new_empty((U, D))
     assert home_ND.dtype == foreign_MD.dtype == out_UD.dtype and out_UD.shape == (U, D)
     assert out_UD.stride(1) == 1 and source_UK.stride(1) == 1
-    home_ND, foreign_MD = _unit_stride(home_ND), _unit_stride(foreign_MD)
+    home_ND, foreign_MD = unit_stride(home_ND), unit_stride(foreign_MD)
     if parcels_VD is not None:
         assert parcels_VD.dtype == home_ND.dtype and parcels_VD.stride(1) == 1
         assert sent_UK.shape == (U, K) and sent_UK.is_contiguous()

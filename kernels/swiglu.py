@@ -18,11 +18,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
+from .combining import add, unit_stride
 
 
 @triton.jit
@@ -96,7 +92,7 @@ def _backward_kernel(
         tl.store(dup_ptr + out, (dh * silu).to(dup_ptr.dtype.element_ty), mask=f < F)
         tl.store(h_ptr + out, h.to(h_ptr.dtype.element_ty), mask=f < F)
     if HAS_WEIGHT:
-        tl.store(dweight_ptr + n, tl.reduce(dweight, 0, _add))
+        tl.store(dweight_ptr + n, tl.reduce(dweight, 0, add))
 
 
 def _block(F: int) -> dict[str, int]:
@@ -105,10 +101,6 @@ def _block(F: int) -> dict[str, int]:
     sizes = [size for size in (longest, longest // 2, longest // 4) if size >= 16]
     block = min(sizes, key=lambda size: triton.cdiv(F, size) * size)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 4)}
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def swiglu_forward(
@@ -128,7 +120,7 @@ def swiglu_forward(
         return reference.swiglu_forward(gate_NF, up_NF, weight_N)
     assert gate_NF.shape == up_NF.shape and gate_NF.dtype == up_NF.dtype
     N, F = gate_NF.shape
-    gate_NF, up_NF = _unit_stride(gate_NF), _unit_stride(up_NF)
+    gate_NF, up_NF = unit_stride(gate_NF), unit_stride(up_NF)
     h_NF = gate_NF.new_empty((N, F))
     if h_NF.numel():
         _forward_kernel[(N,)](
@@ -167,7 +159,7 @@ def swiglu_backward(
     assert dh_NF.dtype == gate_NF.dtype == up_NF.dtype
     assert not into_dh or dh_NF.is_contiguous()
     N, F = gate_NF.shape
-    dh_NF, gate_NF, up_NF = dh_NF.contiguous(), _unit_stride(gate_NF), _unit_stride(up_NF)
+    dh_NF, gate_NF, up_NF = dh_NF.contiguous(), unit_stride(gate_NF), unit_stride(up_NF)
     dgate_NF, dup_NF = (gate_NF.new_empty((N, F)) for _ in range(2))
     h_NF = dh_NF if into_dh else gate_NF.new_empty((N, F))
     dweight_N = None

@@ -111,16 +111,16 @@ def test_optimizer_step(pools, seed):
 
 def run_wrong(rank: int, seed: int) -> str:
     """A bench where llep's combine is off by 1 % on one rank."""
-    from ds_llep import dispatch
+    from ds_llep import layer
 
-    sum_over_k = dispatch._sum_over_k
+    combine = layer.combine
 
     def wrong(*args):
-        return sum_over_k(*args) * (1.01 if torch.distributed.get_rank() == rank else 1.0)
+        return combine(*args) * (1.01 if torch.distributed.get_rank() == rank else 1.0)
 
     timed = mock.Mock()
     with (
-        mock.patch.object(dispatch, "_sum_over_k", wrong),
+        mock.patch.object(layer, "combine", wrong),
         mock.patch.object(Session, "_time_layers", timed),
     ):
         try:
