@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plans import config_of, scatter
 
 from ds_llep.plan import Plan, Spill, make_plan
 
@@ -25,24 +26,6 @@ def for_all(*strategies):
     """`given`, but a busy machine is no failure."""
     patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     return lambda test: patient(given(*strategies)(test))
-
-
-def config_of(**changes):
-    defaults = {
-        "planner": "lla",
-        "imbalance_threshold": 1.0,
-        "capacity_factor": 1.0,
-        "min_tokens_per_gemm": 0,
-        "max_foreign_experts": None,
-    }
-    return SimpleNamespace(**{**defaults, **changes})
-
-
-def scatter(load_E, P, seed=0):
-    """[P, E] counts with the column sums `load_E`, dealt to the source ranks at random."""
-    rng = np.random.default_rng(seed)
-    share_P = rng.dirichlet(np.full(P, 0.5))
-    return np.stack([rng.multinomial(load, share_P) for load in load_E], axis=1)
 
 
 def capacity_of(load_E, P, config):

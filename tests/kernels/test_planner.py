@@ -3,13 +3,13 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plans import config_of, scatter
 
 from ds_llep.kernels.planner import plan_lla
 from ds_llep.plan import make_plan
@@ -19,24 +19,6 @@ GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "lla_golden.json").
 SMALL = [case for case in GOLDEN["cases"] if case["experts"] <= 64 and sum(case["expert_load"])]
 # P, M: each is compiled anew.
 SIZES = [(1, 4), (2, 3), (3, 1), (3, 4), (5, 2), (8, 4)]
-
-
-def config_of(**changes):
-    defaults = {
-        "planner": "lla",
-        "imbalance_threshold": 1.0,
-        "capacity_factor": 1.0,
-        "min_tokens_per_gemm": 0,
-        "max_foreign_experts": None,
-    }
-    return SimpleNamespace(**{**defaults, **changes})
-
-
-def scatter(load_E, P, seed=0):
-    """[P, E] counts with the column sums `load_E`, dealt to the source ranks at random."""
-    rng = np.random.default_rng(seed)
-    share_P = rng.dirichlet(np.full(P, 0.5))
-    return np.stack([rng.multinomial(load, share_P) for load in load_E], axis=1)
 
 
 def same_as_the_host(counts_PE, config):
