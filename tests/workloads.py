@@ -21,7 +21,9 @@ def expert_ids(
     choices are experts of EP rank 0, as far as K allows. idle_ranks: only rank 0's experts and the
     very last one get tokens, few of them. empty_rank: one_hot_expert (see tokens_on_rank).
     per_layer: a hot expert that differs from layer to layer. ids_above_256: experts 256 to 259 are
-    hot.
+    hot, 260 to 263 warm.
+
+    A rank has no rows or many: the error of a gradient made of a row or two is a random draw.
     """
     generator = torch.Generator().manual_seed(seed)
     heat = torch.ones(num_experts)
@@ -31,13 +33,13 @@ def expert_ids(
     elif name == "per_layer":
         heat[(5 * layer + 3) % num_experts] = 1e4
     elif name == "hot_rank":
-        heat[:per_rank] = 1e4
+        heat[:per_rank] = 1e9
     elif name == "idle_ranks":
         heat[:] = 1e-9
         heat[: max(per_rank // 2, 1)] = 1e4
         heat[-1] = 1.0
     elif name == "ids_above_256":
-        heat[256:260] = 1e4
+        heat[256:260], heat[260:264] = 1e4, 3e3
     elif name != "balanced":
         raise ValueError(f"unknown workload {name!r}; known: {NAMES}")
     if num_tokens == 0:
