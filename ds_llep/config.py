@@ -70,8 +70,9 @@ class LLEPConfig(_StrictModel):
     enabled: bool = False
     """Balance the expert-parallel MoE layers of this engine."""
 
-    planner: Literal["lla"] = "lla"
-    """``"lla"``: Least-Loaded Assignment, Algorithms 2-3 of arXiv 2601.17111."""
+    planner: Literal["lla", "cost"] = "lla"
+    """``"lla"``: Least-Loaded Assignment, Algorithms 2-3 of arXiv 2601.17111; ``"cost"``: the least
+    time of the slowest rank."""
 
     imbalance_threshold: float = Field(default=1.3, ge=1.0, allow_inf_nan=False)
     """lambda: standard EP while max/mean of the home loads is below it; 1 always plans."""

@@ -13,7 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ds_llep.planners import PLANNERS
+from ds_llep.costs import DEFAULT, Costs
+from ds_llep.planners import PLANNERS, plan_cost, plan_lla
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Plan:
     """True where nothing was planned, as the load ratio is under the threshold (or no tokens)."""
     capped_tokens: int = 0
     """Tokens above capacity, at home only because `max_foreign_experts` left no rank to help."""
+    nodes_P: np.ndarray | None = None
+    """int64 [P]: the node of each rank, and tokens are cut locally; None: by source (cut.py)."""
 
     def __post_init__(self):
         for name in ("counts_PE", "tokens_EP"):
@@ -150,14 +153,16 @@ class Plan:
         return recv_PE
 
 
-def make_plan(counts_PE, config) -> Plan:
+def make_plan(counts_PE, config, costs: Costs | None = None, nodes_P=None) -> Plan:
     """Plans one layer's micro-batch. Pure: the same arguments give the same plan on every rank.
 
     Args:
-        counts_PE: int array-like [P, E], row p is rank p's tokens per expert. The assignment
-            depends on its column sums alone; its rows decide which tokens those are.
+        counts_PE: int array-like [P, E], row p is rank p's tokens per expert. The assignment of
+            planner "lla" depends on its column sums alone; its rows decide which tokens those are.
         config: has the attributes `planner`, `imbalance_threshold`, `capacity_factor`,
             `min_tokens_per_gemm` and `max_foreign_experts` (None: no limit), as `LLEPConfig` has.
+        costs: what the layer's work costs, for planner "cost"; None: `ds_llep.costs.DEFAULT`.
+        nodes_P: the node of each rank, integers >= 0, for planner "cost"; None: one node.
 
     Raises:
         ValueError: counts that are not [P, E] non-negative integers with E a multiple of P, or a
@@ -171,14 +176,21 @@ def make_plan(counts_PE, config) -> Plan:
     load_E = counts_PE.sum(0)
     home_load = load_E.reshape(P, -1).sum(1).tolist()
 
+    tokens_EP, moved, capped_tokens = _all_at_home(load_E, P), {}, 0
     bypassed = _bypasses(home_load, config)
-    tokens_EP, capped_tokens = _all_at_home(load_E, P), 0
-    if not bypassed:
-        moved, capped_tokens = PLANNERS[config.planner](load_E, home_load, config)
-        for (expert, helper), tokens in moved.items():
-            tokens_EP[expert, expert * P // E] -= tokens
-            tokens_EP[expert, helper] = tokens
-    return Plan(counts_PE, tokens_EP, bypassed, capped_tokens)
+    if config.planner == "cost":
+        nodes_P = np.zeros(P, dtype=np.int64) if nodes_P is None else np.asarray(nodes_P)
+        if not bypassed:
+            moved = plan_cost(counts_PE, config, costs or DEFAULT, nodes_P)
+        bypassed = not moved
+    else:
+        nodes_P = None
+        if not bypassed:
+            moved, capped_tokens = plan_lla(load_E, home_load, config)
+    for (expert, helper), tokens in moved.items():
+        tokens_EP[expert, expert * P // E] -= tokens
+        tokens_EP[expert, helper] = tokens
+    return Plan(counts_PE, tokens_EP, bypassed, capped_tokens, nodes_P)
 
 
 def plan_from_tokens(counts_PE, tokens_EP, capped_tokens: int, config) -> Plan:

@@ -10,6 +10,8 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
+from ds_llep.costs import Costs
+
 
 def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
     """Least-Loaded Assignment (LLEP, arXiv 2601.17111, Algorithms 2 and 3) on integers.
@@ -88,4 +90,29 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
     return moved, sum(capped_P)
 
 
-PLANNERS = {"lla": plan_lla}
+def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray):
+    """Keeps moving rows from the most to the least loaded rank.
+
+    Returns:
+        `{(expert, helper): tokens}`: what leaves home.
+    """
+    P, E = counts_PE.shape
+    M = E // P
+    left_E = counts_PE.sum(0)
+    load_P = left_E.reshape(P, M).sum(1)
+    moved: dict[tuple[int, int], int] = {}
+    for _ in range(2 * P):
+        home, helper = int(load_P.argmax()), int(load_P.argmin())
+        expert = home * M + int(left_E[home * M : home * M + M].argmax())
+        mean = int(load_P.sum()) // P
+        tokens = int(min(left_E[expert], load_P[home] - mean, mean - load_P[helper]))
+        if tokens < max(1, config.min_tokens_per_gemm):
+            break
+        moved[expert, helper] = moved.get((expert, helper), 0) + tokens
+        left_E[expert] -= tokens
+        load_P[home] -= tokens
+        load_P[helper] += tokens
+    return moved
+
+
+PLANNERS = ("lla", "cost")

@@ -20,8 +20,10 @@ KERNELS = {"kernels.select", "kernels.grouped_gemm"}
 ROOMS = {
     # module of ds_llep: (modules of ds_llep below it, packages from outside)
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
-    "planners": (set(), {"numpy"}),
-    "plan": ({"planners"}, {"numpy"}),
+    "cut": (set(), {"numpy"}),
+    "costs": ({"cut"}, {"numpy"}),
+    "planners": ({"costs", "cut"}, {"numpy"}),
+    "plan": ({"costs", "cut", "planners"}, {"numpy"}),
     "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"}),
     "timeline": (set(), {"deepspeed.accelerator"}),
     "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
