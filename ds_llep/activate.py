@@ -36,7 +36,9 @@ from ds_llep.fetch import Exchange
 from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
 from ds_llep.monitor import Statistics
+from ds_llep.probe import measure_rates
 from ds_llep.ranks import RankTable
+from ds_llep.rates import H200, Rates, find_rates
 from ds_llep.recorder import Recorder, open_recorder
 from ds_llep.shards import check_weight_source, choose_weight_source, weights_changed
 
@@ -53,6 +55,11 @@ class Activation:
     edp_size: int
     weight_source: str
     weight_source_reason: str
+    nodes: tuple[int, ...]
+    """By global rank."""
+    rates: Rates | None
+    """None where nothing is planned by prices."""
+    rates_from: str | None
     statistics: Statistics
 
 
@@ -141,7 +148,8 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
     # AutoEP has made the groups, but the layers do not have theirs yet.
     group_name = next(iter(layers.values())).ep_group_name
     ep_group = groups._get_expert_parallel_group(group_name)
-    table = RankTable.gather(ep_group, groups._get_expert_data_parallel_group(group_name))
+    edp_group = groups._get_expert_data_parallel_group(group_name)
+    table = RankTable.gather(ep_group, edp_group, config.cost.ranks_per_node)
     zero_config = engine._config.zero_config
     weight_source, reason = choose_weight_source(config.weight_source, zero_config, table)
     if weight_source == "shards" and table.ep_size > 1:
@@ -149,12 +157,22 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
             table, ep_group, sharded=True, always_ready=True, cache=config.weight_cache
         )
     else:
-        exchange = Exchange.of_home_ranks(
-            ep_group, always_ready=zero_config.stage < 3, cache=config.weight_cache
+        exchange = Exchange(
+            table.alone(),
+            ep_group,
+            sharded=False,
+            always_ready=zero_config.stage < 3,
+            cache=config.weight_cache,
         )
     ep_size = table.ep_size
+    rates = rates_from = None
+    if config.planner == "cost" and ep_size > 1:  # alone, a rank has nothing to choose
+        deepspeed.get_accelerator().set_device(engine.local_rank)  # as the engine does after this
+        settings = config.kernels, engine.get_data_types()[0]
+        measure = functools.partial(measure_rates, table, ep_group, *settings)
+        rates, rates_from = find_rates(config.cost, measure)
     recorder = open_recorder(config, layers, ep_size)
-    statistics = adopt(layers, config, exchange, engine, recorder)
+    statistics = adopt(layers, config, exchange, engine, recorder, rates or H200)
     activation = Activation(
         config=config,
         layers=tuple(layers),
@@ -162,6 +180,9 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
         edp_size=table.edp_size,
         weight_source=weight_source,
         weight_source_reason=reason,
+        nodes=tuple(table.node_of[rank] for rank in range(len(table.node_of))),
+        rates=rates,
+        rates_from=rates_from,
         statistics=statistics,
     )
     if dist.get_rank() == 0:
@@ -170,6 +191,11 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
             f"edp_size={activation.edp_size}, planner={config.planner}, "
             f"weight_source={weight_source} ({reason})"
         )
+        if rates is not None:
+            _say(
+                f"llep: rates {rates} ({rates_from}); {max(activation.nodes) + 1} node(s) "
+                f"{table.nodes_from}"
+            )
         overridden = overridden_options(engine._config.expert_parallel_config)
         if overridden:
             _say(
@@ -195,13 +221,14 @@ def adopt(
     exchange: Exchange,
     engine: DeepSpeedEngine | None = None,
     recorder: Recorder | None = None,
+    rates: Rates = H200,
 ) -> Statistics:
     """Change the class of AutoEP layers, and of their experts, in place; what they will record."""
     statistics = Statistics(config.monitor, len(layers), engine, recorder)
     for index, (name, layer) in enumerate(layers.items()):
         layer.__class__ = LLEPMoELayer
         layer.experts.__class__ = LLEPGroupedExperts
-        layer.llep = LayerContext(config, name, index, statistics, exchange)
+        layer.llep = LayerContext(config, name, index, statistics, exchange, rates)
     return statistics
 
 
@@ -222,12 +249,13 @@ def status(engine: Any) -> dict[str, Any]:
 
     Returns:
         ``{"active": False}`` where llep is off; else ``active``, ``layers``, ``layer_names``,
-        ``ep_size``, ``edp_size``, ``planner``, ``weight_source``, ``weight_source_reason``,
-        ``kernels``, and one list entry a layer, from this rank's EP group and last micro-batch, of
-        ``load_ratio_before``, ``load_ratio_after``, ``bypassed``, ``spilled_tokens``,
-        ``foreign_experts`` and ``fetched_experts`` (of all ranks of the group together; the latter
-        since the layer last planned, in forward and backward, without those that the cache had),
-        ``capped_tokens``.
+        ``ep_size``, ``edp_size``, ``nodes`` (of each global rank), ``planner``, ``rates`` (None, or
+        what planner ``"cost"`` has its prices from, and ``source``), ``weight_source``,
+        ``weight_source_reason``, ``kernels``, and one list entry a layer, from this rank's EP group
+        and last micro-batch, of ``load_ratio_before``, ``load_ratio_after``, ``bypassed``,
+        ``spilled_tokens``, ``foreign_experts`` and ``fetched_experts`` (of all ranks of the group
+        together; the latter since the layer last planned, in forward and backward, without those
+        that the cache had), ``capped_tokens``.
 
     Raises:
         ValueError: not a DeepSpeed engine.
@@ -240,13 +268,16 @@ def status(engine: Any) -> dict[str, Any]:
     activation = _ACTIVE.get(engine)
     if activation is None:
         return {"active": False}
+    rates = activation.rates
     return {
         "active": True,
         "layers": len(activation.layers),
         "layer_names": list(activation.layers),
         "ep_size": activation.ep_size,
         "edp_size": activation.edp_size,
+        "nodes": list(activation.nodes),
         "planner": activation.config.planner,
+        "rates": rates and {**rates.in_units(), "source": activation.rates_from},
         "weight_source": activation.weight_source,
         "weight_source_reason": activation.weight_source_reason,
         "kernels": select_kernels(activation.config.kernels, torch.device(engine.device)).name,

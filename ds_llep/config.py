@@ -11,10 +11,13 @@ import difflib
 from typing import Any, Literal
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 SECTION = "llep"
+LEAST_RATE = 1e-4
 _INVALID = "invalid DeepSpeed config: "
+# The paper's limits, which its planner needs and which bound another one only where they are given.
+_WITHOUT_LIMITS = {"imbalance_threshold": 1.0, "capacity_factor": None, "min_tokens_per_gemm": 0}
 
 
 class _StrictModel(DeepSpeedConfigModel):
@@ -60,6 +63,36 @@ class TraceConfig(_StrictModel):
     """Memory for counts; where it is full, every second micro-batch goes and interval doubles."""
 
 
+class GivenRates(_StrictModel):
+    """Rates of a machine that somebody knows; null: not known. Also what a file of rates holds."""
+
+    # The bounds keep prices times all of a rank's rows within 64 bits.
+    tflops: float | None = Field(default=None, ge=LEAST_RATE, allow_inf_nan=False)
+    """TFLOP/s of a rank at the experts' products."""
+
+    inside_gbytes: float | None = Field(default=None, ge=LEAST_RATE, allow_inf_nan=False)
+    """GB/s that a rank sends to others of its node."""
+
+    between_gbytes: float | None = Field(default=None, ge=LEAST_RATE, allow_inf_nan=False)
+    """GB/s that a rank sends to other nodes."""
+
+    expert_us: float | None = Field(default=None, gt=0, le=1e6)
+    """Microseconds that one more foreign expert costs beside its rows."""
+
+    exposed: float | None = Field(default=None, ge=0, le=1)
+    """The share of a weight transfer that other work does not hide."""
+
+
+class CostConfig(GivenRates):
+    """The ``"cost"`` sub-section: where planner ``"cost"`` has its prices and its nodes from."""
+
+    file: str | None = Field(default=None, min_length=1)
+    """Rates that are not given are read from here, or else measured and written here by rank 0."""
+
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    """Ranks of a node, in the order of global ranks; null: found out."""
+
+
 class LLEPConfig(_StrictModel):
     """The ``"llep"`` section. Keys are explained in README.md, bounds are enforced here.
 
@@ -75,13 +108,15 @@ class LLEPConfig(_StrictModel):
     time of the slowest rank."""
 
     imbalance_threshold: float = Field(default=1.3, ge=1.0, allow_inf_nan=False)
-    """lambda: standard EP while max/mean of the home loads is below it; 1 always plans."""
+    """lambda: standard EP while max/mean of the home loads is below it; 1 always plans, which is
+    the default with ``"cost"``."""
 
-    capacity_factor: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
-    """alpha: rows that a rank may take, relative to the mean over the EP group."""
+    capacity_factor: float | None = Field(default=1.0, ge=1.0, allow_inf_nan=False)
+    """alpha: rows that a rank may take, relative to the mean over the EP group; null, the default
+    with ``"cost"`` and not valid with ``"lla"``: any number."""
 
     min_tokens_per_gemm: int = Field(default=1024, ge=0)
-    """m: fewest tokens of one expert worth sending to a helper."""
+    """m: fewest tokens of one expert worth sending to a helper; by default 0 with ``"cost"``."""
 
     weight_source: Literal["auto", "owner", "shards"] = "auto"
     """Who sends a spilled expert's weights: its home rank, or under ZeRO-3 the shards' holders."""
@@ -106,6 +141,30 @@ class LLEPConfig(_StrictModel):
 
     trace: TraceConfig = Field(default_factory=TraceConfig)
     """See :class:`TraceConfig`."""
+
+    cost: CostConfig = Field(default_factory=CostConfig)
+    """See :class:`CostConfig`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_planner(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {**_WITHOUT_LIMITS, **data} if data.get("planner") == "cost" else data
+
+    @model_validator(mode="after")
+    def _fits_planner(self) -> LLEPConfig:
+        if self.planner == "lla":
+            if self.capacity_factor is None:
+                raise ValueError(
+                    f'"{SECTION}.capacity_factor": input should be a valid number with "planner": '
+                    '"lla", got None'
+                )
+            given = self.cost.model_dump(exclude_none=True)
+            if given:
+                raise ValueError(
+                    f'"{SECTION}.cost" has no effect with "planner": "lla", got {given!r}; set '
+                    f'"{SECTION}.planner" to "cost" or remove it'
+                )
+        return self
 
     def with_room(
         self, expert_bytes: int, whose: str = "", in_dtype: str = ""
@@ -152,8 +211,10 @@ class LLEPConfig(_StrictModel):
 
 def _explain(model: type[DeepSpeedConfigModel], error: ValidationError) -> str:
     """One line per mistake: key, value given, what is valid, and the likely fix."""
-    below = {MonitorConfig: "monitor.", TraceConfig: "trace."}.get(model, "")
-    prefix = f"{SECTION}.{below}"
+    below = {MonitorConfig: "monitor.", TraceConfig: "trace.", CostConfig: "cost."}.get(model, "")
+    what, prefix = _INVALID, f"{SECTION}.{below}"
+    if model is GivenRates:  # from a file
+        what, prefix = "invalid rates: ", ""
     lines = []
     for detail in error.errors():
         key = ".".join(str(part) for part in detail["loc"])
@@ -168,4 +229,4 @@ def _explain(model: type[DeepSpeedConfigModel], error: ValidationError) -> str:
         else:
             valid = detail["msg"][0].lower() + detail["msg"][1:]
             lines.append(f'"{prefix}{key}": {valid}, got {detail["input"]!r}')
-    return _INVALID + "; ".join(lines)
+    return what + "; ".join(lines)

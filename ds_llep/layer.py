@@ -15,6 +15,7 @@ import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
 from ds_llep.config import LLEPConfig
+from ds_llep.costs import Costs
 from ds_llep.counts import Counting
 from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.experts import ExpertJob
@@ -22,6 +23,7 @@ from ds_llep.fetch import Exchange, ForeignWeights, start_in_backward
 from ds_llep.kernels.select import KernelSet, select_kernels
 from ds_llep.monitor import Statistics
 from ds_llep.plan import Plan, make_plan, plan_from_tokens
+from ds_llep.rates import H200, Rates
 from ds_llep.route import Addresses, Route, RouteMaps, make_route, sort_copies
 from ds_llep.shards import whole_shape
 from ds_llep.timeline import part
@@ -36,14 +38,19 @@ class LayerContext:
     index: int
     statistics: Statistics
     exchange: Exchange
+    rates: Rates = H200
     kernels: KernelSet | None = None
     workspace_size: int | None = None
     """Foreign experts that ``max_foreign_bytes`` makes room for; None: any number."""
     planning: LLEPConfig | None = None
     """The config with the limits on foreign experts made one."""
+    costs: Costs | None = None
+    """Prices, for planner "cost"."""
     _prepared_for: tuple[torch.dtype, torch.device] | None = None
 
-    def prepare(self, weights: Sequence[torch.Tensor], like: torch.Tensor) -> None:
+    def prepare(
+        self, weights: Sequence[torch.Tensor], like: torch.Tensor, top_k: int, ep_size: int
+    ) -> None:
         """Settle what depends on the dtype and the device that the layer runs in.
 
         Raises:
@@ -55,6 +62,11 @@ class LayerContext:
         expert_bytes = sum(whole_shape(w)[1:].numel() for w in weights) * like.element_size()
         self.planning, self.workspace_size = self.config.with_room(
             expert_bytes, f" of MoE layer '{self.name}'", f" in {like.dtype}"
+        )
+        _, ffn_size, hidden_size = whole_shape(weights[0])
+        fetches = 1 if self.config.backward_weights == "keep" else 2
+        self.costs = self.rates.costs(
+            hidden_size, ffn_size, top_k, ep_size, like.element_size(), fetches
         )
         self._prepared_for = like.dtype, like.device
 
@@ -81,7 +93,7 @@ class LLEPMoELayer(AutoEPMoELayer):
         x_TD = hidden_states.reshape(-1, hidden)
         context, exchange = self.llep, self.llep.exchange
         weights = self.experts.w1, self.experts.w2, self.experts.w3
-        context.prepare(weights, x_TD)
+        context.prepare(weights, x_TD, self.top_k, self.ep_size)
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
         scores_TK, plans, route, maps = self._route_and_plan(x_TD, weights)
@@ -167,7 +179,12 @@ class LLEPMoELayer(AutoEPMoELayer):
                 plans = [plan_from_tokens(counts.tokens_RE, *planned, context.planning)]
             else:
                 counts_by_group = exchange.by_group(counts.tokens_RE)
-                plans = [make_plan(counts_PE, context.planning) for counts_PE in counts_by_group]
+                plans = [
+                    make_plan(counts_PE, context.planning, context.costs, nodes_P)
+                    for counts_PE, nodes_P in zip(
+                        counts_by_group, exchange.table.nodes, strict=True
+                    )
+                ]
         with part("route"):
             if not planned:
                 counts_PE = exchange.by_group(counting.tokens_RE)[own]

@@ -2,15 +2,24 @@
 
 Point-to-point calls name their peers by global rank, EP groups count from zero: this table is the
 one place where the two meet.
+
+Which ranks share a node is asked of those who know best: the config, MPI where it started the
+ranks, else whoever gave them their local ranks, else the hosts' names. Each may be wrong where a
+container hides the machine, and then the config has the last word.
 """
 
 from __future__ import annotations
 
 import socket
+import sys
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import deepspeed.comm as dist
-from torch.distributed import get_process_group_ranks
+import numpy as np
+from torch.distributed import get_node_local_rank, get_process_group_ranks
 
 
 @dataclass(frozen=True)
@@ -23,8 +32,10 @@ class RankTable:
     """This process's g, its rank in its EDP group."""
     ep_rank: int
     """This process's p."""
-    node_of: dict[int, str]
-    """Host name of each global rank; empty where it was not asked for."""
+    node_of: dict[int, int]
+    """Node of each global rank, numbered by first appearance; empty where it was not asked for."""
+    nodes_from: str = "not asked for"
+    """Who said so, in a few words."""
 
     @property
     def ep_size(self) -> int:
@@ -51,23 +62,94 @@ class RankTable:
         return cls((ranks,), 0, dist.get_rank(group=ep_group), {})
 
     @classmethod
-    def gather(cls, ep_group: dist.ProcessGroup, edp_group: dist.ProcessGroup) -> RankTable:
-        """The table of all EP groups. A collective over all processes, once at start-up."""
-        mine = (
-            dist.get_rank(group=edp_group),
-            tuple(get_process_group_ranks(ep_group)),
-            socket.gethostname(),
+    def gather(
+        cls,
+        ep_group: dist.ProcessGroup,
+        edp_group: dist.ProcessGroup,
+        ranks_per_node: int | None = None,
+    ) -> RankTable:
+        """The table of all EP groups. A collective over all processes, once at start-up.
+
+        Args:
+            ep_group, edp_group: this process's.
+            ranks_per_node: so many consecutive ranks are a node; None: found out.
+        """
+        group_index, local_rank = dist.get_rank(group=edp_group), get_node_local_rank(-1)
+        ranks = tuple(get_process_group_ranks(ep_group))
+        everyone = _all_gather(
+            (group_index, ranks, local_rank, socket.gethostname(), _started_by_mpi())
         )
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        groups = dict(sorted((index, ranks) for index, ranks, _ in everyone))
+        groups = dict(sorted((index, ranks) for index, ranks, *_ in everyone))
+        _, _, local_ranks, hosts, by_mpi = zip(*everyone, strict=True)
+        if ranks_per_node is not None:
+            nodes, nodes_from = [r // ranks_per_node for r in range(len(everyone))], "as configured"
+        elif all(by_mpi):
+            nodes, nodes_from = _mpi_nodes(), "from MPI"
+        else:
+            nodes, nodes_from = launched_nodes(local_ranks, hosts)
+        node_of = dict(enumerate(_numbered(nodes)))
         return cls(
-            tuple(groups.values()),
-            mine[0],
-            dist.get_rank(group=ep_group),
-            {rank: host for rank, (_, _, host) in enumerate(everyone)},
+            tuple(groups.values()), group_index, dist.get_rank(group=ep_group), node_of, nodes_from
         )
+
+    def alone(self) -> RankTable:
+        """The same without the other EP groups."""
+        return RankTable((self.own_group,), 0, self.ep_rank, self.node_of, self.nodes_from)
+
+    @cached_property
+    def nodes(self) -> list[np.ndarray | None]:
+        """For each EP group int64 ``[P]``, the node of each rank, numbered by first appearance in
+        the group; None where nodes were not asked for."""
+        if not self.node_of:
+            return [None] * len(self.groups)
+        by_group = [[self.node_of[rank] for rank in ranks] for ranks in self.groups]
+        return [np.array(_numbered(nodes), dtype=np.int64) for nodes in by_group]
 
     def spans_nodes(self, ranks: tuple[int, ...]) -> bool:
         """Whether these global ranks run on more than one node."""
         return len({self.node_of[rank] for rank in ranks}) > 1
+
+
+def launched_nodes(
+    local_ranks: Sequence[int], hosts: Sequence[str]
+) -> tuple[Sequence[Hashable], str]:
+    """Something that is the same for the ranks of a node alone, and where it is from.
+
+    Args:
+        local_ranks: by global rank, as whoever started the ranks numbered them; -1: did not.
+        hosts: names.
+    """
+    # Consecutive ranks that count from 0. All 0 may also be one visible device for each rank.
+    if any(local_ranks) and all(
+        mine in (0, before + 1) for before, mine in pairwise([-1, *local_ranks])
+    ):
+        return [rank - local for rank, local in enumerate(local_ranks)], "from local ranks"
+    return hosts, "from host names"
+
+
+def _started_by_mpi() -> bool:
+    # DeepSpeed imports mpi4py only where nobody but MPI tells it the ranks.
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return False
+    return mpi.COMM_WORLD.Get_size() == dist.get_world_size()
+
+
+def _mpi_nodes() -> list[int]:
+    """For each global rank the least one that shares its memory; MPI may number them otherwise."""
+    mpi = sys.modules["mpi4py.MPI"]
+    near = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
+    first = near.allreduce(dist.get_rank(), op=mpi.MIN)
+    near.Free()
+    return _all_gather(first)
+
+
+def _all_gather(value: object) -> list:
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _numbered(nodes: Sequence[Hashable]) -> list[int]:
+    number = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
+    return [number[node] for node in nodes]

@@ -34,9 +34,20 @@ DEFAULTS = {
         "interval": 1,
         "max_bytes": 64 * 1024 * 1024,
     },
+    "cost": {
+        "tflops": None,
+        "inside_gbytes": None,
+        "between_gbytes": None,
+        "expert_us": None,
+        "exposed": None,
+        "file": None,
+        "ranks_per_node": None,
+    },
 }
+WITHOUT_LIMITS = {"imbalance_threshold": 1.0, "capacity_factor": None, "min_tokens_per_gemm": 0}
+"""Other defaults with planner "cost"."""
 CHOICES = {
-    "planner": ["lla"],
+    "planner": ["lla", "cost"],
     "weight_source": ["auto", "owner", "shards"],
     "backward_weights": ["refetch", "keep"],
     "kernels": ["auto", "triton", "torch"],
@@ -120,7 +131,10 @@ NUMBERS = "valid number"
 WHOLE = "valid integer"
 WRONG = [
     *[("enabled", value, "boolean") for value in ("true", "auto", 1, 0, None, [], {})],
-    *[("planner", value, "'lla'") for value in ("auto", "LLA", "", 1, True, None, ["lla"])],
+    *[
+        ("planner", value, "'lla' or 'cost'")
+        for value in ("auto", "LLA", "", 1, True, None, ["lla"])
+    ],
     *[("imbalance_threshold", value, NUMBERS) for value in ("1.3", "auto", True, None, [1.3])],
     *[("imbalance_threshold", value, "1") for value in (0.99, 0, -2)],
     *[("capacity_factor", value, NUMBERS) for value in ("1", "auto", False, None, {})],
@@ -142,7 +156,7 @@ WRONG = [
     *[("kernels", value, "'auto', 'triton' or 'torch'") for value in ("cuda", False, None)],
     *[
         (key, value, "dictionary")
-        for key in ("monitor", "trace")
+        for key in ("monitor", "trace", "cost")
         for value in (True, None, "auto", [], 3)
     ],
 ]
@@ -183,6 +197,73 @@ def test_wrong_value_in_trace(key, value, valid):
     assert_explained({"trace": {key: value}}, f"llep.trace.{key}", value, valid)
 
 
+AT_LEAST = "greater than or equal to 0.0001"
+RATES = ("tflops", "inside_gbytes", "between_gbytes")
+
+
+@pytest.mark.parametrize(
+    "key, value, valid",
+    [
+        *[("file", value, "valid string") for value in (3, True, ["rates.json"])],
+        ("file", "", "at least 1 character"),
+        *[("ranks_per_node", value, WHOLE) for value in ("8", "auto", 8.0, True)],
+        *[("ranks_per_node", value, "1") for value in (0, -1)],
+        *[(key, value, NUMBERS) for key in RATES for value in ("600", "auto", True, [])],
+        *[(key, value, AT_LEAST) for key in RATES for value in (0, -1.0, 1e-5)],
+        *[(key, math.inf, "finite number") for key in RATES],
+        *[("expert_us", value, NUMBERS) for value in ("10", "auto", False)],
+        *[("expert_us", value, "greater than 0") for value in (0, -1.0)],
+        ("expert_us", math.inf, "less than or equal to 1000000"),
+        *[("exposed", value, NUMBERS) for value in ("0.5", "auto", True)],
+        *[("exposed", value, "greater than or equal to 0") for value in (-0.1, -1)],
+        *[("exposed", value, "less than or equal to 1") for value in (1.01, 50)],
+    ],
+    ids=str,
+)
+def test_wrong_value_in_cost(key, value, valid):
+    section = {"planner": "cost", "cost": {key: value}}
+    assert_explained(section, f"llep.cost.{key}", value, valid)
+
+
+def test_unknown_key_in_cost():
+    message = message_of({"planner": "cost", "cost": {"tflop": 600}})
+    assert 'unknown key "llep.cost.tflop"' in message
+    assert f"valid keys: {', '.join(DEFAULTS['cost'])}" in message
+    assert 'did you mean "tflops"?' in message
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [{"tflops": 600.5}, {"file": "rates.json"}, {"ranks_per_node": 8}, {"exposed": 0.0}],
+    ids=str,
+)
+def test_prices_that_no_planner_reads(cost):
+    """Given with planner "lla" they would have no effect; null is as if not given."""
+    for section in ({"cost": cost}, {"planner": "lla", "cost": cost}):
+        assert_explained(section, "llep.cost", cost, 'no effect with "planner": "lla"')
+    assert LLEPConfig(planner="cost", cost=cost).cost.model_dump() == {**DEFAULTS["cost"], **cost}
+    assert LLEPConfig(cost=dict.fromkeys(cost)) == LLEPConfig()
+
+
+def test_no_limit_on_capacity_is_for_planner_cost():
+    for section in ({}, {"planner": "lla"}):
+        assert_explained(
+            {**section, "capacity_factor": None}, "llep.capacity_factor", None, "valid number"
+        )
+    assert LLEPConfig(planner="cost", capacity_factor=None).capacity_factor is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"imbalance_threshold": 1.7}, {"capacity_factor": 2}, {"min_tokens_per_gemm": 64}],
+    ids=str,
+)
+def test_limits_with_planner_cost(given):
+    """None by default, each where it is given."""
+    limits = LLEPConfig(planner="cost", **given).model_dump(include=set(WITHOUT_LIMITS))
+    assert limits == {**WITHOUT_LIMITS, **given}
+
+
 def test_every_mistake_is_named_at_once():
     message = message_of({"capacity_factor": 0.5, "planer": "lla", "monitor": {"interval": 0}})
     for key in ("llep.capacity_factor", "llep.planer", "llep.monitor.interval"):
@@ -202,10 +283,15 @@ def test_immutable():
         (config, "enabled"),
         (config.monitor, "interval"),
         (config.trace, "path"),
+        (config.cost, "tflops"),
     ):
         with pytest.raises(ValueError, match="frozen"):
             setattr(target, key, 3)
     assert config == LLEPConfig(enabled=True)
+
+
+def rate() -> st.SearchStrategy:
+    return st.none() | st.integers(1, 1000) | st.floats(1e-4, 1e4)
 
 
 def ratio() -> st.SearchStrategy:
@@ -237,14 +323,26 @@ def ratio() -> st.SearchStrategy:
                     "max_bytes": st.integers(1, 10**12),
                 },
             ),
+            "cost": st.fixed_dictionaries(
+                {},
+                optional={
+                    **dict.fromkeys((*RATES, "expert_us"), rate()),
+                    "exposed": st.none() | st.integers(0, 1) | st.floats(0, 1),
+                    "file": st.none() | st.just("rates.json"),
+                    "ranks_per_node": st.none() | st.integers(1, 1000),
+                },
+            ),
         },
     )
 )
 def test_valid_sections_round_trip(section):
     """Through JSON and back, nothing changes and what is absent is the default."""
+    with_cost = section.get("planner") == "cost"
+    if not with_cost:
+        section.pop("cost", None)  # refused, see above
     config = LLEPConfig.from_ds_config(json.loads(json.dumps({"llep": section})))
-    expected = {**DEFAULTS, **section}
-    for key in ("monitor", "trace"):
+    expected = {**DEFAULTS, **(WITHOUT_LIMITS if with_cost else {}), **section}
+    for key in ("monitor", "trace", "cost"):
         expected[key] = {**DEFAULTS[key], **section.get(key, {})}
     assert config.model_dump() == expected
     assert LLEPConfig.from_ds_config({"llep": config.model_dump()}) == config

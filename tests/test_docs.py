@@ -21,7 +21,7 @@ def test_examples_in_the_documentation():
 def test_table_of_config_keys():
     rows = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", README, flags=re.MULTILINE))
     defaults = LLEPConfig().model_dump()
-    for section in ("monitor", "trace"):
+    for section in ("monitor", "trace", "cost"):
         values = defaults.pop(section).items()
         defaults |= {f"{section}.{key}": value for key, value in values}
     assert {key: json.loads(value) for key, value in rows.items()} == defaults

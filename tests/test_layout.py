@@ -29,7 +29,12 @@ ROOMS = {
     "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
     "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),
     "activation": (KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
-    "ranks": (set(), {"torch", "deepspeed.comm"}),
+    "ranks": (set(), {"numpy", "torch", "deepspeed.comm"}),
+    "rates": ({"config", "costs"}, {"deepspeed.comm"}),
+    "probe": (
+        {"config", "ranks", "rates"} | KERNELS,
+        {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"},
+    ),
     "shards": ({"ranks"}, {"torch", "deepspeed.accelerator", "deepspeed.runtime.zero"}),
     "workspace": (set(), {"torch"}),
     "fetch": (
@@ -46,13 +51,14 @@ ROOMS = {
     "monitor": ({"config", "plan", "recorder"}, {"torch"}),
     "layer": (
         {"config", "plan", "counts", "route", "dispatch", "shards", "fetch", "experts"}
-        | {"monitor", "timeline"}
+        | {"costs", "monitor", "rates", "timeline"}
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
+        | {"probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
