@@ -20,6 +20,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]:
     """Run ``deepspeed --num_gpus RANKS ARGS``; its exit code and all that it and its ranks print.
 
@@ -28,11 +34,13 @@ def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]
     Raises:
         AssertionError: it took longer than ``timeout`` seconds.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(port), *args]
+    return run([*command, "--master_port", str(port), *args], port, cwd, timeout)
+
+
+def run(command: list[str], port: int, cwd: Path, timeout: float) -> tuple[int, str]:
+    """:func:`launch` with any command whose ranks meet at ``port``."""
     env = environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     process = subprocess.Popen(
         command,
