@@ -59,6 +59,7 @@ WORLDS = {
     "demo_gpu_zero3_ep2.json": [2, 4],
     "hf_trainer_zero3_ep2.json": [2, 4],
     "zero1_ep8.json": [8, 16],
+    "zero3_ep16_two_nodes.json": [16, 32],
     "zero3_ep8_multi_node_offload.json": [16, 32],
     "zero3_ep8_one_node.json": [8],
 }

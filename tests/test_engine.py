@@ -5,6 +5,8 @@ The budget is AutoEP's own error against the fp64 reference: twice that, plus 1e
 
 from __future__ import annotations
 
+from unittest import mock
+
 import deepspeed
 import deepspeed.comm as dist
 import engines
@@ -16,6 +18,8 @@ from families import build
 from transformers.modeling_outputs import CausalLMOutput
 
 import ds_llep
+from ds_llep import make_plan
+from ds_llep.rates import Rates
 
 needs_gpu_for_fp16 = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="DeepSpeed has no fp16 engine on CPU"
@@ -84,6 +88,103 @@ def test_gradients(pools, world, ep_size, stage, dtype, checkpointing, workload,
         assert on["ep_size"] * on["edp_size"] == pool.world_size
         if workload != "balanced":
             assert sum(on["foreign_experts"]) > 0, "nothing was spilled: the test tests nothing"
+
+
+RATES = {
+    "tflops": 100.0,
+    "inside_gbytes": 50.0,
+    "between_gbytes": 5.0,
+    "expert_us": 0.5,
+    "exposed": 0.25,
+}
+
+
+# Given rates, so that plans are the same in every run. On GPUs there is one node of two ranks.
+@pytest.mark.parametrize(
+    "ep_size, stage, dtype, checkpointing, workload, ranks_per_node",
+    [
+        (4, 1, "fp32", "none", "one_hot_expert", 2),
+        (4, 3, "bf16", "non_reentrant", "hot_rank", 2),
+        (4, 0, "fp32", "reentrant", "idle_ranks", 1),
+        (2, 3, "fp32", "none", "per_layer", 1),
+    ],
+)
+def test_gradients_with_planner_cost(
+    pools, ep_size, stage, dtype, checkpointing, workload, ranks_per_node, seed
+):
+    pool = pools(4)
+    cost = {"ranks_per_node": ranks_per_node, **RATES}
+    case = stage, ep_size, dtype, checkpointing, workload, seed, {"planner": "cost", "cost": cost}
+    for rank, result in enumerate(pool.run(gradients, *case)):
+        assert not result["over"], f"rank {rank}, seed {seed}: {result['over']}"
+        on = result["statuses"][1]
+        assert on["planner"] == "cost" and on["rates"] == {**RATES, "source": "given"}
+        assert on["nodes"] == [r // ranks_per_node for r in range(pool.world_size)]
+        assert sum(on["spilled_tokens"]) > 0, "nothing was spilled: the test tests nothing"
+
+
+def priced(stage: int, section: dict, seed: int) -> dict:
+    """What a layer plans with, what is said at the start, and the status."""
+    said, seen = [], []
+
+    def plan(counts_PE, config, costs, nodes_P):
+        seen.append((costs, nodes_P.tolist()))
+        return make_plan(counts_PE, config, costs, nodes_P)
+
+    with (
+        mock.patch("ds_llep.activate._say", said.append),
+        mock.patch("ds_llep.layer.make_plan", plan),
+    ):
+        config = engines.ds_config(stage, 2, "bf16", section)
+        engine = engines.initialize(build("qwen3_moe", seed, torch.bfloat16), config)
+        engine(**engines.batch(torch.bfloat16, seed))
+    model = engine.module.config
+    sizes = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok
+    status = ds_llep.status(engine)
+    engine.destroy()
+    return {"said": said, "seen": seen, "sizes": sizes, "status": status}
+
+
+@pytest.mark.parametrize("backward_weights, fetches", [("refetch", 2), ("keep", 1)])
+def test_prices_of_a_layer(pools, backward_weights, fetches, seed):
+    """Layers plan with the prices of their own sizes in the dtype that they run in."""
+    section = {"planner": "cost", "cost": RATES, "backward_weights": backward_weights}
+    for result in pools(4).run(priced, 1, section, seed):
+        expected = Rates.of(RATES).costs(
+            *result["sizes"], num_ranks=2, element_size=2, fetches=fetches
+        )
+        assert result["seen"] == [(expected, [0, 0])] * 2
+
+
+def test_nodes_of_every_ep_group(pools, seed):
+    """With ZeRO-3's shards a rank plans for all EP groups, each with its own nodes."""
+    pool = pools(4)
+    cost = {**RATES, "ranks_per_node": 3}
+    section = {"planner": "cost", "cost": cost, "weight_source": "shards"}
+    for result in pool.run(priced, 3, section, seed):
+        nodes = [found for _, found in result["seen"]]
+        assert nodes == ([[0, 0], [0, 1]] if pool.world_size == 4 else [[0, 0]]) * 2
+
+
+def test_rates_measured_at_the_start(pools, tmp_path, seed):
+    """Once; what is said of it names where rates and nodes are from. Nothing of it with "lla"."""
+    pool = pools(4)
+    path = tmp_path / "rates.json"
+    section = {"planner": "cost", "cost": {"file": str(path), "ranks_per_node": 100}}
+    rates = []
+    for source in ("measured", f"from {path}"):
+        results = pool.run(priced, 1, section, seed)
+        for result in results:
+            assert result["status"]["rates"]["source"].endswith(source)
+            rates.append({**result["status"]["rates"], "source": None})
+        (line,) = [line for line in results[0]["said"] if line.startswith("llep: rates")]
+        assert f"{source}); 1 node(s) as configured" in line
+        assert not any(result["said"] for result in results[1:])
+    assert all(found == rates[0] for found in rates)
+    for result in pool.run(priced, 1, {"planner": "lla", "kernels": "torch"}, seed):
+        assert result["status"]["rates"] is None
+        assert result["status"]["nodes"] == [0] * pool.world_size
+        assert not any("rates" in line for line in result["said"])
 
 
 class MoEBlocks(torch.nn.Module):
