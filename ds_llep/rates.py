@@ -145,13 +145,15 @@ def find_rates(
 
 
 def _load(path: str | None) -> dict[str, float]:
-    if path is None or not Path(path).exists():
+    if path is None:
         return {}
     try:
         values = json.loads(Path(path).read_text())
         if not isinstance(values, dict):
             raise ValueError(f"rates are a JSON object with the keys {', '.join(UNITS)}")
         return GivenRates(**values).model_dump(exclude_none=True)
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
         raise ValueError(
             f'"{SECTION}.cost.file": {path}: {error}. Repair it, or remove it to have the rates '
@@ -177,7 +179,7 @@ def _on_first_rank(work: Callable[[], object]) -> object:
     if dist.get_rank() == 0:
         try:
             answer = [(work(), None)]
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the others wait for an answer
             answer = [(None, str(error))]
     dist.broadcast_object_list(answer, src=0)
     result, error = answer[0]

@@ -17,7 +17,7 @@ from ds_llep.rates import H200, UNITS, Rates, find_rates
 
 RATES = st.builds(
     Rates,
-    flops=st.integers(10**8, 10**16),
+    flops=st.integers(10**8, 10**15),
     inside=st.integers(10**5, 10**13),
     between=st.integers(10**5, 10**13),
     expert=st.integers(1, 10**12),
