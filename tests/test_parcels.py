@@ -10,7 +10,7 @@ from ds_llep import LLEPConfig, make_plan
 from ds_llep.bench.parcels import at_home, distinct, fewest_parcels, most_parcels, traffic
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
-from ds_llep.route import Addresses, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route, sort_copies
 
 CPU = select_kernels("torch", torch.device("cpu"))
 NONE, SOME = (
@@ -56,8 +56,8 @@ def test_as_in_routes(seed, config):
     used_PP = np.zeros_like(reached_PP)
     for rank, own_ids in enumerate(ids):
         selected_TK = torch.from_numpy(own_ids)
-        counts, tokens = torch.tensor(plan.counts_PE), torch.tensor(plan.tokens_EP)
-        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), counts, tokens, rank)
+        runs = torch.from_numpy(find_runs(plan, rank))
+        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), runs, rank)
         route, maps = make_route(Addresses(*found), reached_PP, plan, rank, None, CPU)
         assert route.send_splits == most_PP[rank].tolist()
         assert route.recv_splits == most_PP[:, rank].tolist()
