@@ -92,6 +92,8 @@ class Plan:
     def sent_JP(self) -> np.ndarray:
         """int64 [J, P]: how many tokens of each of the `segments` are source rank p's."""
         spilled, (expert_J, rank_J, tokens_J) = self.spilled_experts, self.segments
+        if not len(spilled):
+            return np.empty((0, self.num_ranks), dtype=np.int64)
         index_J = np.searchsorted(spilled, expert_J)
         counts_XP = self.counts_PE.T[spilled]
         return _read_only(cut(counts_XP, index_J, rank_J, tokens_J, self.nodes_P))
@@ -150,7 +152,7 @@ class Plan:
     def send_EP(self, source: int) -> np.ndarray:
         """int64 [E, P]: how many of rank `source`'s tokens of expert e go to rank p."""
         assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
-        return self._of_sources(slice(source, source + 1))
+        return self._by_rank(self.counts_PE[source], self.sent_JP[:, source])
 
     def earlier_EP(self, source: int) -> np.ndarray:
         """int64 [E, P]: how many tokens of expert e rank p computes for the ranks before `source`.
@@ -158,16 +160,15 @@ class Plan:
         In rank p's rows of expert e, those of `source` follow them.
         """
         assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
-        return self._of_sources(slice(source))
+        return self._by_rank(self.counts_PE[:source].sum(0), self.sent_JP[:, :source].sum(1))
 
-    def _of_sources(self, sources: slice) -> np.ndarray:
-        """int64 [E, P]: how many of these ranks' tokens of expert e go to rank p."""
-        found_EP = _all_at_home(self.counts_PE[sources].sum(0), self.num_ranks)
-        # Few experts spill; all tokens of the others go home.
-        if len(self.spilled_experts):
+    def _by_rank(self, counts_E: np.ndarray, sent_J: np.ndarray) -> np.ndarray:
+        """int64 [E, P]: so many tokens, at home but for those of spilled experts, `sent_J`."""
+        found_EP = _all_at_home(counts_E, self.num_ranks)
+        if len(sent_J):  # few experts spill
             expert_J, rank_J, _ = self.segments
             found_EP[self.spilled_experts] = 0
-            found_EP[expert_J, rank_J] = self.sent_JP[:, sources].sum(1)
+            found_EP[expert_J, rank_J] = sent_J
         return found_EP
 
     def recv_PE(self, rank: int) -> np.ndarray:
@@ -180,7 +181,7 @@ class Plan:
         at_home = slice(rank * M, (rank + 1) * M)
         recv_PE = np.zeros_like(self.counts_PE)
         recv_PE[:, at_home] = self.counts_PE[:, at_home]
-        if len(self.spilled_experts):
+        if len(self.sent_JP):
             here_J = self.segments.rank_J == rank
             recv_PE[:, self.spilled_experts] = 0
             recv_PE[:, self.segments.expert_J[here_J]] = self.sent_JP[here_J].T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plans import CHEAP_SPILLS, draw_nodes, shares
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep import dispatch as dispatch_room
-from ds_llep.costs import DEFAULT
 from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.kernels import routes
 from ds_llep.kernels.select import select_kernels
@@ -27,7 +26,6 @@ from ds_llep.route import Addresses, find_runs, make_route, sort_copies
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWIN, TRITON = (select_kernels(name, DEVICE) for name in ("torch", "triton"))
-FREE_WEIGHTS = replace(DEFAULT, expert=0, weights_inside=0, weights_between=0)
 # P, M, K: each is compiled anew. Fewer experts than choices: some are chosen twice by a token.
 SIZES = [(1, 4, 2), (2, 3, 2), (2, 1, 3), (3, 2, 3), (4, 2, 1), (5, 1, 3), (8, 2, 4)]
 
@@ -56,17 +54,11 @@ def home(ids, E: int) -> Plan:
     return make_plan(counts_of(ids, E), LLEPConfig(imbalance_threshold=1e9))
 
 
-def draw_nodes(P: int, rng) -> np.ndarray:
-    """Ranks in runs or mixed, on few nodes or on many, whose numbers may have gaps."""
-    return rng.permutation(9)[rng.integers(0, rng.integers(1, 5), P)]
-
-
 def cost(ids, E: int) -> Plan:
-    """An expert's weights cost nothing here, so that few rows spill too."""
     counts_PE = counts_of(ids, E)
     rng = np.random.default_rng(counts_PE.reshape(-1))
     config = LLEPConfig(planner="cost", imbalance_threshold=1.0, min_tokens_per_gemm=1)
-    return make_plan(counts_PE, config, FREE_WEIGHTS, draw_nodes(len(ids), rng))
+    return make_plan(counts_PE, config, CHEAP_SPILLS, draw_nodes(len(ids), rng))
 
 
 def arbitrary(ids, E: int) -> Plan:
@@ -103,26 +95,6 @@ def routings(draw):
         seed=draw(st.integers(0, 2**32 - 1)),
     )
     return ids, draw(st.sampled_from(PLANNERS))(ids, P * M)
-
-
-def shares(counts_P, tokens_P, nodes_P) -> np.ndarray:
-    """How many copies of an expert go from each source to each rank, by the rules of cut.py.
-
-    First its own, then those of its node, then the rest; or, without nodes, all of them as rest.
-    Ranks take in rank order, from sources in rank order.
-    """
-    P = len(counts_P)
-    left_P, room_P, share_PP = counts_P.copy(), tokens_P.copy(), np.zeros((P, P), dtype=int)
-    rounds = [lambda s, p: s == p, lambda s, p: nodes_P[s] == nodes_P[p], lambda s, p: True]
-    for allowed in rounds if nodes_P is not None else rounds[-1:]:
-        for p, s in itertools.product(tokens_P.nonzero()[0], counts_P.nonzero()[0]):
-            if allowed(s, p):
-                moved = min(left_P[s], room_P[p])
-                share_PP[s, p] += moved
-                left_P[s] -= moved
-                room_P[p] -= moved
-    assert not left_P.any() and not room_P.any()
-    return share_PP
 
 
 def play(ids, plan: Plan) -> list[np.ndarray]:
