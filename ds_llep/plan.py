@@ -4,8 +4,9 @@ Every rank of the expert-parallel group calls `make_plan` with the same counts a
 plan from them, so no plan is ever sent. That works because nothing but those integers and the
 config enters it. The price is that every rank repeats the work.
 
-Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank. The home
-rank of expert e is `e // M`; a helper is a rank that computes some of e's tokens away from home.
+Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank, `J`
+segments (see cut.py). The home rank of expert e is `e // M`; a helper is a rank that computes some
+of e's tokens away from home.
 """
 
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class Plan:
     def sent_JP(self) -> np.ndarray:
         """int64 [J, P]: how many tokens of each of the `segments` are source rank p's."""
         spilled, (expert_J, rank_J, tokens_J) = self.spilled_experts, self.segments
-        if not len(spilled):
+        if not len(spilled):  # balanced routing is common, and every layer waits for this
             return np.empty((0, self.num_ranks), dtype=np.int64)
         index_J = np.searchsorted(spilled, expert_J)
         counts_XP = self.counts_PE.T[spilled]
@@ -163,7 +164,7 @@ class Plan:
         return self._by_rank(self.counts_PE[:source].sum(0), self.sent_JP[:, :source].sum(1))
 
     def _by_rank(self, counts_E: np.ndarray, sent_J: np.ndarray) -> np.ndarray:
-        """int64 [E, P]: so many tokens, at home but for those of spilled experts, `sent_J`."""
+        """int64 [E, P]: `counts_E` at home, but for spilled experts, which are as in `sent_J`."""
         found_EP = _all_at_home(counts_E, self.num_ranks)
         if len(sent_J):  # few experts spill
             expert_J, rank_J, _ = self.segments

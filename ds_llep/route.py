@@ -85,10 +85,9 @@ def find_runs(plan: Plan, rank: int) -> np.ndarray:
     expert_S = np.concatenate((np.arange(E), expert_J[away_J]))
     rank_S = np.concatenate((np.arange(E) // M, rank_J[away_J]))
     order = np.argsort(rank_S, kind="stable")
-    slots = expert_S[order], rank_S[order]
-    rows_S = plan.tokens_EP[slots]
-    load_P = plan.rank_load_P
-    first_S = rows_S.cumsum() - rows_S - (load_P.cumsum() - load_P)[slots[1]]
+    slots = expert_S, rank_S = expert_S[order], rank_S[order]
+    rows_S, load_P = plan.tokens_EP[slots], plan.rank_load_P
+    first_S = rows_S.cumsum() - rows_S - (load_P.cumsum() - load_P)[rank_S]
     shift_EP[slots] = first_S + plan.earlier_EP(rank)[slots] - (end_EP - sent_EP)[slots]
     return runs_2EP
 

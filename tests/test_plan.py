@@ -444,13 +444,6 @@ def test_a_local_cut_loses_nothing_and_keeps_tokens_near(plan):
             assert (stay_E == np.minimum(tokens_E, room_E)).all()
 
 
-@for_all(local_plans())
-def test_nodes_change_neither_spills_nor_loads(plan):
-    by_source = dataclasses.replace(plan, nodes_P=None)
-    assert facts(by_source) == facts(plan)
-    assert (by_source.rank_load_P == plan.rank_load_P).all()
-
-
 def test_a_hot_expert_sends_less_than_without_a_spill(seed):
     """And less than if cut by source, which moves a rank's own tokens to make room for others."""
     rng = np.random.default_rng(seed)
