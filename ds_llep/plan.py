@@ -213,19 +213,22 @@ def make_plan(counts_PE, config, costs: Costs | None = None, nodes_P=None) -> Pl
     load_E = counts_PE.sum(0)
     home_load = load_E.reshape(P, -1).sum(1).tolist()
 
-    tokens_EP, moved, capped_tokens = _all_at_home(load_E, P), {}, 0
+    tokens_EP, capped_tokens = _all_at_home(load_E, P), 0
     bypassed = _bypasses(home_load, config)
     if config.planner == "cost":
         if not bypassed:
-            moved = plan_cost(counts_PE, config, costs or DEFAULT, nodes_P)
-        bypassed = not moved
+            at_home_EP, tokens_EP = (
+                tokens_EP,
+                plan_cost(counts_PE, config, costs or DEFAULT, nodes_P),
+            )
+            bypassed = np.array_equal(tokens_EP, at_home_EP)
     else:
         nodes_P = None
         if not bypassed:
             moved, capped_tokens = plan_lla(load_E, home_load, config)
-    for (expert, helper), tokens in moved.items():
-        tokens_EP[expert, expert * P // E] -= tokens
-        tokens_EP[expert, helper] = tokens
+            for (expert, helper), tokens in moved.items():
+                tokens_EP[expert, expert * P // E] -= tokens
+                tokens_EP[expert, helper] = tokens
     return Plan(counts_PE, tokens_EP, bypassed, capped_tokens, nodes_P)
 
 

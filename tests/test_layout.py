@@ -22,7 +22,7 @@ ROOMS = {
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
     "cut": (set(), {"numpy"}),
     "costs": ({"cut"}, {"numpy"}),
-    "planners": ({"costs", "cut"}, {"numpy"}),
+    "planners": ({"costs", "kernels.planner_cost"}, {"numpy"}),
     "plan": ({"costs", "cut", "planners"}, {"numpy"}),
     "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"}),
     "timeline": (set(), {"deepspeed.accelerator"}),
