@@ -21,10 +21,11 @@ from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.experts import ExpertJob
 from ds_llep.fetch import Exchange, ForeignWeights, start_in_backward
 from ds_llep.kernels.select import KernelSet, select_kernels
+from ds_llep.kernels.tables import to_device
 from ds_llep.monitor import Statistics
 from ds_llep.plan import Plan, make_plan, plan_from_tokens
 from ds_llep.rates import H200, Rates
-from ds_llep.route import Addresses, Route, RouteMaps, make_route, sort_copies
+from ds_llep.route import Addresses, Route, RouteMaps, find_runs, make_route, sort_copies
 from ds_llep.shards import whole_shape
 from ds_llep.timeline import part
 
@@ -163,9 +164,8 @@ class LLEPMoELayer(AutoEPMoELayer):
             if failure is None:
                 position_TK = sort_copies(selected_TK)
                 if planned:
-                    addresses = self._address(
-                        selected_TK, position_TK, counting.tokens_RE, planned[0]
-                    )
+                    runs = context.kernels.find_runs(counting.tokens_RE, planned[0], self.ep_rank)
+                    addresses = self._address(selected_TK, position_TK, runs)
                 self.tokens_per_expert.add_(counts_E)  # AutoEP's own utilisation counter
         try:
             with part("wait for counts"):
@@ -187,9 +187,8 @@ class LLEPMoELayer(AutoEPMoELayer):
                 ]
         with part("route"):
             if not planned:
-                counts_PE = exchange.by_group(counting.tokens_RE)[own]
-                tokens_EP = torch.tensor(plans[own].tokens_EP).to(x_TD.device, non_blocking=True)
-                addresses = self._address(selected_TK, position_TK, counts_PE, tokens_EP)
+                runs = to_device(find_runs(plans[own], self.ep_rank), x_TD.device)
+                addresses = self._address(selected_TK, position_TK, runs)
             reached_PP = exchange.by_group(counts.reached_RP)[own]
             route, maps = make_route(
                 addresses, reached_PP, plans[own], self.ep_rank, self.ep_group, context.kernels
@@ -212,9 +211,6 @@ class LLEPMoELayer(AutoEPMoELayer):
             config.max_foreign_experts,
         )
 
-    def _address(self, selected_TK, position_TK, counts_PE, tokens_EP) -> Addresses:
-        return Addresses(
-            *self.llep.kernels.address_copies(
-                selected_TK, position_TK, counts_PE, tokens_EP, self.ep_rank
-            )
-        )
+    def _address(self, selected_TK, position_TK, runs_2EP) -> Addresses:
+        address = self.llep.kernels.address_copies
+        return Addresses(*address(selected_TK, position_TK, runs_2EP, self.ep_rank))

@@ -4,16 +4,19 @@ Every rank of the expert-parallel group calls `make_plan` with the same counts a
 plan from them, so no plan is ever sent. That works because nothing but those integers and the
 config enters it. The price is that every rank repeats the work.
 
-Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank. The home
-rank of expert e is `e // M`; a helper is a rank that computes some of e's tokens away from home.
+Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank, `J`
+segments (see cut.py). The home rank of expert e is `e // M`; a helper is a rank that computes some
+of e's tokens away from home.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from ds_llep.costs import DEFAULT, Costs
+from ds_llep.cut import cut
 from ds_llep.planners import PLANNERS, plan_cost, plan_lla
 
 
@@ -27,13 +30,21 @@ class Spill:
     tokens: int
 
 
+class Segments(NamedTuple):
+    """What each rank computes of each spilled expert, ordered by expert, then rank; int64 [J]."""
+
+    expert_J: np.ndarray
+    rank_J: np.ndarray
+    tokens_J: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The assignment of every token copy to a computing rank. Arrays are read-only copies.
 
-    The tokens of expert e, concatenated over the source ranks in rank order (those of one source
-    in token order), are cut into one run per computing rank, in rank order, of lengths
-    `tokens_EP[e]`. That fixes which tokens go where; `send_EP` and `recv_PE` are read off it.
+    Which tokens of an expert a rank computes follows from `tokens_EP` by one of the two rules of
+    cut.py: by source, or, with `nodes_P`, locally. A source's tokens of an expert, in token order,
+    go to ascending ranks, as many to each as `send_EP` says.
     """
 
     counts_PE: np.ndarray
@@ -48,20 +59,18 @@ class Plan:
     """int64 [P]: the node of each rank, and tokens are cut locally; None: by source (cut.py)."""
 
     def __post_init__(self):
-        for name in ("counts_PE", "tokens_EP"):
-            object.__setattr__(
-                self, name, _read_only(np.array(getattr(self, name), dtype=np.int64))
-            )
+        for name in ("counts_PE", "tokens_EP", "nodes_P"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _read_only(np.array(values, dtype=np.int64)))
 
     @cached_property
     def spills(self) -> tuple[Spill, ...]:
         """One entry per (expert, helper) that computes tokens, ordered by expert, then helper."""
-        away_XP = self.tokens_EP[self.spilled_experts]
-        home_X = self.spilled_experts // self.experts_per_rank
-        away_XP[np.arange(len(away_XP)), home_X] = 0
-        index, helper = np.nonzero(away_XP)
-        columns = self.spilled_experts[index], home_X[index], helper, away_XP[index, helper]
-        return tuple(map(Spill, *(column.tolist() for column in columns)))
+        expert_J, rank_J, tokens_J = self.segments
+        home_J = expert_J // self.experts_per_rank
+        away_J = rank_J != home_J
+        columns = expert_J, home_J, rank_J, tokens_J
+        return tuple(map(Spill, *(column[away_J].tolist() for column in columns)))
 
     @cached_property
     def spilled_experts(self) -> np.ndarray:
@@ -71,6 +80,24 @@ class Plan:
         home_E = np.arange(self.num_experts) // self.experts_per_rank
         at_home_E = self.tokens_EP[np.arange(self.num_experts), home_E]
         return np.flatnonzero(self.tokens_EP.sum(1) != at_home_E)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """One segment per (spilled expert, rank) that computes tokens, home ranks included."""
+        spilled = self.spilled_experts
+        index_J, rank_J = np.nonzero(self.tokens_EP[spilled])
+        expert_J = spilled[index_J]
+        return Segments(expert_J, rank_J, self.tokens_EP[expert_J, rank_J])
+
+    @cached_property
+    def sent_JP(self) -> np.ndarray:
+        """int64 [J, P]: how many tokens of each of the `segments` are source rank p's."""
+        spilled, (expert_J, rank_J, tokens_J) = self.spilled_experts, self.segments
+        if not len(spilled):  # balanced routing is common, and every layer waits for this
+            return np.empty((0, self.num_ranks), dtype=np.int64)
+        index_J = np.searchsorted(spilled, expert_J)
+        counts_XP = self.counts_PE.T[spilled]
+        return _read_only(cut(counts_XP, index_J, rank_J, tokens_J, self.nodes_P))
 
     @cached_property
     def rank_load_P(self) -> np.ndarray:
@@ -126,14 +153,24 @@ class Plan:
     def send_EP(self, source: int) -> np.ndarray:
         """int64 [E, P]: how many of rank `source`'s tokens of expert e go to rank p."""
         assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
-        send_EP = _all_at_home(self.counts_PE[source], self.num_ranks)
-        # Few experts spill; all tokens of the others go home.
-        spilled = self.spilled_experts
-        if len(spilled):
-            before = self.counts_PE[:source, spilled].sum(0)
-            first, last = before[:, None], (before + self.counts_PE[source][spilled])[:, None]
-            send_EP[spilled] = _overlap(self.tokens_EP[spilled], first, last, axis=1)
-        return send_EP
+        return self._by_rank(self.counts_PE[source], self.sent_JP[:, source])
+
+    def earlier_EP(self, source: int) -> np.ndarray:
+        """int64 [E, P]: how many tokens of expert e rank p computes for the ranks before `source`.
+
+        In rank p's rows of expert e, those of `source` follow them.
+        """
+        assert 0 <= source < self.num_ranks, f"source rank {source} of {self.num_ranks}"
+        return self._by_rank(self.counts_PE[:source].sum(0), self.sent_JP[:, :source].sum(1))
+
+    def _by_rank(self, counts_E: np.ndarray, sent_J: np.ndarray) -> np.ndarray:
+        """int64 [E, P]: `counts_E` at home, but for spilled experts, which are as in `sent_J`."""
+        found_EP = _all_at_home(counts_E, self.num_ranks)
+        if len(sent_J):  # few experts spill
+            expert_J, rank_J, _ = self.segments
+            found_EP[self.spilled_experts] = 0
+            found_EP[expert_J, rank_J] = sent_J
+        return found_EP
 
     def recv_PE(self, rank: int) -> np.ndarray:
         """int64 [P, E]: how many tokens of expert e `rank` receives from source rank p.
@@ -145,11 +182,10 @@ class Plan:
         at_home = slice(rank * M, (rank + 1) * M)
         recv_PE = np.zeros_like(self.counts_PE)
         recv_PE[:, at_home] = self.counts_PE[:, at_home]
-        shared = self.spilled_experts
-        if len(shared):
-            first = self.tokens_EP[shared, :rank].sum(1)
-            last = first + self.tokens_EP[:, rank][shared]
-            recv_PE[:, shared] = _overlap(self.counts_PE[:, shared], first, last, axis=0)
+        if len(self.sent_JP):
+            here_J = self.segments.rank_J == rank
+            recv_PE[:, self.spilled_experts] = 0
+            recv_PE[:, self.segments.expert_J[here_J]] = self.sent_JP[here_J].T
         return recv_PE
 
 
@@ -165,31 +201,34 @@ def make_plan(counts_PE, config, costs: Costs | None = None, nodes_P=None) -> Pl
         nodes_P: the node of each rank, integers >= 0, for planner "cost"; None: one node.
 
     Raises:
-        ValueError: counts that are not [P, E] non-negative integers with E a multiple of P, or a
-            planner that does not exist.
+        ValueError: counts that are not [P, E] non-negative integers with E a multiple of P, nodes
+            that are not [P] non-negative integers, or a planner that does not exist.
     """
     if config.planner not in PLANNERS:
         valid = ", ".join(repr(name) for name in PLANNERS)
         raise ValueError(f"make_plan: unknown planner {config.planner!r}; valid planners: {valid}")
     counts_PE = _checked_counts(counts_PE)
     P, E = counts_PE.shape
+    nodes_P = np.zeros(P, dtype=np.int64) if nodes_P is None else _checked_nodes(nodes_P, P)
     load_E = counts_PE.sum(0)
     home_load = load_E.reshape(P, -1).sum(1).tolist()
 
-    tokens_EP, moved, capped_tokens = _all_at_home(load_E, P), {}, 0
+    tokens_EP, capped_tokens = _all_at_home(load_E, P), 0
     bypassed = _bypasses(home_load, config)
     if config.planner == "cost":
-        nodes_P = np.zeros(P, dtype=np.int64) if nodes_P is None else np.asarray(nodes_P)
         if not bypassed:
-            moved = plan_cost(counts_PE, config, costs or DEFAULT, nodes_P)
-        bypassed = not moved
+            at_home_EP, tokens_EP = (
+                tokens_EP,
+                plan_cost(counts_PE, config, costs or DEFAULT, nodes_P),
+            )
+            bypassed = np.array_equal(tokens_EP, at_home_EP)
     else:
         nodes_P = None
         if not bypassed:
             moved, capped_tokens = plan_lla(load_E, home_load, config)
-    for (expert, helper), tokens in moved.items():
-        tokens_EP[expert, expert * P // E] -= tokens
-        tokens_EP[expert, helper] = tokens
+            for (expert, helper), tokens in moved.items():
+                tokens_EP[expert, expert * P // E] -= tokens
+                tokens_EP[expert, helper] = tokens
     return Plan(counts_PE, tokens_EP, bypassed, capped_tokens, nodes_P)
 
 
@@ -227,6 +266,16 @@ def _checked_counts(counts_PE) -> np.ndarray:
     return counts_PE
 
 
+def _checked_nodes(nodes_P, P: int) -> np.ndarray:
+    nodes_P = np.asarray(nodes_P)
+    if nodes_P.shape != (P,) or nodes_P.dtype.kind not in "iu" or nodes_P.min() < 0:
+        raise ValueError(
+            f"make_plan: nodes_P is {nodes_P.tolist()} ({nodes_P.dtype}); valid is an int array "
+            f"[P] of node numbers >= 0, one for each of the {P} ranks, or None for one node"
+        )
+    return nodes_P.astype(np.int64, copy=False)
+
+
 def _read_only(array: np.ndarray) -> np.ndarray:
     array.setflags(write=False)
     return array
@@ -244,9 +293,3 @@ def _all_at_home(load_E: np.ndarray, num_ranks: int) -> np.ndarray:
     home_PM = np.einsum("pmp->pm", tokens_EP.reshape(num_ranks, -1, num_ranks))
     home_PM[:] = load_E.reshape(num_ranks, -1)
     return tokens_EP
-
-
-def _overlap(lengths, first, last, axis: int) -> np.ndarray:
-    """Tokens that consecutive runs of `lengths` (along `axis`) share with [`first`, `last`)."""
-    ends = lengths.cumsum(axis)
-    return np.maximum(np.minimum(ends, last) - np.maximum(ends - lengths, first), 0)

@@ -11,6 +11,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 import numpy as np
 
 from ds_llep.costs import Costs
+from ds_llep.kernels import planner_cost
 
 
 def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
@@ -27,8 +28,9 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
     P, E = len(home_load_P), len(load_E)
     M, total = E // P, sum(home_load_P)
     mean = total // P
+    factor = 1.0 if config.capacity_factor is None else config.capacity_factor
     # One double product, truncated: the same IEEE arithmetic, so the same integer on every rank.
-    capacity = max(1, int(config.capacity_factor * mean) if mean else total)
+    capacity = max(1, int(factor * mean) if mean else total)
     limit = E if config.max_foreign_experts is None else config.max_foreign_experts
     foreign_experts_P = [0] * P
     effective_P = list(home_load_P)
@@ -90,29 +92,47 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
     return moved, sum(capped_P)
 
 
-def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray):
-    """Keeps moving rows from the most to the least loaded rank.
+def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray) -> np.ndarray:
+    """The plan whose slowest rank is the fastest, as far as a local search finds it.
+
+    Its cost by `rank_costs` is not above that of standard expert parallelism, nor above that of
+    `plan_lla` where this keeps within the limits: no spill has less than `min_tokens_per_gemm`
+    tokens, no rank more than `max_foreign_experts`, and no rank gets more rows by helping than
+    `capacity_factor` times the mean (None: any number). The search is in kernels/planner_cost.c.
+
+    Args:
+        counts_PE: int64 [P, E], each rank's own tokens per expert.
+        config: its three limits.
+        costs: prices.
+        nodes_P: int64 [P], the node of each rank.
 
     Returns:
-        `{(expert, helper): tokens}`: what leaves home.
+        int64 [E, P], tokens of each expert that each rank computes.
     """
-    P, E = counts_PE.shape
-    M = E // P
-    left_E = counts_PE.sum(0)
-    load_P = left_E.reshape(P, M).sum(1)
-    moved: dict[tuple[int, int], int] = {}
-    for _ in range(2 * P):
-        home, helper = int(load_P.argmax()), int(load_P.argmin())
-        expert = home * M + int(left_E[home * M : home * M + M].argmax())
-        mean = int(load_P.sum()) // P
-        tokens = int(min(left_E[expert], load_P[home] - mean, mean - load_P[helper]))
-        if tokens < max(1, config.min_tokens_per_gemm):
-            break
-        moved[expert, helper] = moved.get((expert, helper), 0) + tokens
-        left_E[expert] -= tokens
-        load_P[home] -= tokens
-        load_P[helper] += tokens
-    return moved
+    load_E = counts_PE.sum(0)
+    home_load_P = load_E.reshape(len(counts_PE), -1).sum(1).tolist()
+    max_rows = None
+    if config.capacity_factor is not None:
+        max_rows = int(config.capacity_factor * (sum(home_load_P) // len(home_load_P)))
+    min_tokens = max(config.min_tokens_per_gemm, 1)
+    lla, _ = plan_lla(load_E, home_load_P, config)
+    start = [(*where, tokens) for where, tokens in lla.items() if tokens >= min_tokens]
+    if max_rows is not None:
+        rows_P = home_load_P.copy()
+        for expert, helper, tokens in start:
+            rows_P[expert * len(rows_P) // len(load_E)] -= tokens
+            rows_P[helper] += tokens
+        if any(rows_P[helper] > max_rows for _, helper, _ in start):
+            start = []
+    return planner_cost.plan_cost(
+        counts_PE,
+        nodes_P,
+        costs.prices,
+        min_tokens,
+        config.max_foreign_experts,
+        max_rows,
+        start,
+    )
 
 
 PLANNERS = ("lla", "cost")

@@ -7,7 +7,8 @@ a bound that follows from the counts: a rank gets no more parcels from a source 
 tokens, than copies go there, or than tokens with a home expert there plus copies of experts foreign
 there. Without spills that bound is exact; otherwise some parcels may travel empty.
 
-Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``E`` experts, ``P`` ranks.
+Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``E`` experts, ``P`` ranks, ``J`` segments
+(see cut.py), ``S`` slots of all ranks.
 """
 
 from __future__ import annotations
@@ -62,6 +63,33 @@ def sort_copies(selected_TK: torch.Tensor) -> torch.Tensor:
     order = torch.sort(selected_TK.reshape(-1).to(torch.int16), stable=True).indices
     places = torch.arange(len(order), dtype=torch.int32, device=order.device)
     return torch.empty_like(places).scatter_(0, order, places).view(selected_TK.shape)
+
+
+def find_runs(plan: Plan, rank: int) -> np.ndarray:
+    """What ``address_copies`` needs of a plan that the host has made.
+
+    A rank's copies, sorted by expert, fall into runs, one for each expert and computing rank. There
+    a run's rows are those of the expert's slot behind the rows of earlier source ranks.
+
+    Returns:
+        int32 ``[2, E, P]``: the place behind each run, and what is to be added to the place of a
+        copy in it to get the copy's row.
+    """
+    sent_EP, (expert_J, rank_J, _) = plan.send_EP(rank), plan.segments
+    (E, P), M = sent_EP.shape, plan.experts_per_rank
+    runs_2EP = np.zeros((2, E, P), dtype=np.int32)
+    end_EP, shift_EP = runs_2EP
+    end_EP.reshape(-1)[:] = sent_EP.reshape(-1).cumsum()
+    # All slots of all ranks: a rank's home experts in order, then its foreign ones.
+    away_J = rank_J != expert_J // M
+    expert_S = np.concatenate((np.arange(E), expert_J[away_J]))
+    rank_S = np.concatenate((np.arange(E) // M, rank_J[away_J]))
+    order = np.argsort(rank_S, kind="stable")
+    slots = expert_S, rank_S = expert_S[order], rank_S[order]
+    rows_S, load_P = plan.tokens_EP[slots], plan.rank_load_P
+    first_S = rows_S.cumsum() - rows_S - (load_P.cumsum() - load_P)[rank_S]
+    shift_EP[slots] = first_S + plan.earlier_EP(rank)[slots] - (end_EP - sent_EP)[slots]
+    return runs_2EP
 
 
 class Addresses(NamedTuple):

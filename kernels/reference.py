@@ -48,8 +48,7 @@ def count_copies(
 def address_copies(
     selected_TK: torch.Tensor,
     position_TK: torch.Tensor,
-    counts_PE: torch.Tensor,
-    tokens_EP: torch.Tensor,
+    runs_2EP: torch.Tensor,
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which rank computes each copy of this rank's tokens, and in which of its rows.
@@ -57,10 +56,8 @@ def address_copies(
     Args:
         selected_TK: [T, K] int64 expert ids; ids outside [0, E) get some address.
         position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
-        counts_PE: [P, E] int64, any row stride: copies of each expert that each rank's tokens have.
-        tokens_EP: [E, P], an integer dtype, the plan: copies of each expert that each rank
-            computes. An expert's copies, by source rank and token, are cut into runs of these
-            lengths.
+        runs_2EP: int32 [2, E, P]. Sorted so, the copies of each expert that each rank computes are
+            a run: the place behind it, and what is to be added to a copy's place to get its row.
         rank: this rank, to which nothing is sent.
 
     Returns:
@@ -70,23 +67,9 @@ def address_copies(
         copy on the rank that computes it: rows are in the order of the rank's experts, home before
         foreign ones, then of source ranks, then of tokens.
     """
-    K, (E, P) = selected_TK.shape[1], tokens_EP.shape
+    K, (end_EP, shift_EP) = selected_TK.shape[1], runs_2EP
+    E, P = end_EP.shape
     selected_TK = selected_TK.clamp(0, E - 1)
-    home_E = torch.arange(E, device=tokens_EP.device) // (E // P)
-    is_home_EP = home_E.unsqueeze(1) == torch.arange(P, device=tokens_EP.device)
-    home_EP = torch.where(is_home_EP, tokens_EP, 0)
-    foreign_EP = tokens_EP - home_EP
-    first_foreign_EP = home_EP.sum(0) + foreign_EP.cumsum(0) - foreign_EP
-    slot_EP = torch.where(is_home_EP, home_EP.cumsum(0) - home_EP, first_foreign_EP)
-
-    # Copies of earlier ranks fill an expert's runs from the left, then this rank's.
-    before_E, own_E = counts_PE[:rank].sum(0), counts_PE[rank]
-    start_EP, none_EP = tokens_EP.cumsum(1) - tokens_EP, torch.zeros_like(tokens_EP)
-    earlier_EP = (before_E.unsqueeze(1) - start_EP).clamp(none_EP, tokens_EP)
-    run_EP = ((before_E + own_E).unsqueeze(1) - start_EP).clamp(none_EP, tokens_EP) - earlier_EP
-    end_EP = (own_E.cumsum(0) - own_E).unsqueeze(1) + run_EP.cumsum(1)
-    shift_EP = slot_EP + earlier_EP - (end_EP - run_EP)
-
     to_TK = (end_EP[selected_TK] <= position_TK.unsqueeze(2)).sum(2).clamp(max=P - 1)
     target_TK = position_TK + shift_EP[selected_TK, to_TK]
     again_TK = torch.zeros_like(to_TK, dtype=torch.bool)

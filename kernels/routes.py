@@ -59,7 +59,7 @@ def _run_kernel(
     first_foreign = tl.associative_scan(foreign, 0, add) - foreign
     first_foreign += tl.reduce(home, 0, add)[None, :]
     slot = tl.where(is_home, first_home, first_foreign)
-    # Copies of earlier ranks fill an expert's runs from the left, then this rank's.
+    # Copies of earlier ranks fill an expert's segments from the left, then this rank's.
     start = tl.associative_scan(tokens, 1, add) - tokens
     earlier = _clip(before[:, None] - start, tokens)
     sent = _clip((before + own)[:, None] - start, tokens) - earlier
@@ -181,11 +181,37 @@ def _block_p(num_ranks: int) -> int:
     return max(triton.next_power_of_2(num_ranks), 2)
 
 
+def find_runs(counts_PE: torch.Tensor, tokens_EP: torch.Tensor, rank: int) -> torch.Tensor:
+    """What `address_copies` needs of a plan whose experts are cut by source, on its device.
+
+    The twin is `find_runs` of `ds_llep/route.py`.
+
+    Args:
+        counts_PE: [P, E] int64, any row stride: copies of each expert that each rank's tokens have.
+        tokens_EP: [E, P], an integer dtype, the plan: copies of each expert that each rank
+            computes. An expert's copies, by source rank and token, are cut into segments of these
+            lengths.
+        rank: this rank.
+
+    Returns:
+        int32 [2, E, P].
+    """
+    E, P = tokens_EP.shape
+    assert counts_PE.shape == (P, E) and counts_PE.stride(1) == 1
+    block_e, block_p = triton.next_power_of_2(E), _block_p(P)
+    runs_2EP = counts_PE.new_empty((2, E, P), dtype=torch.int32)
+    _run_kernel[(1,)](
+        *(counts_PE, tokens_EP.contiguous(), *runs_2EP, counts_PE.stride(0), rank),
+        *(E, P, block_e, block_p),
+        num_warps=16 if block_e * block_p > 4096 else 4,
+    )
+    return runs_2EP
+
+
 def address_copies(
     selected_TK: torch.Tensor,
     position_TK: torch.Tensor,
-    counts_PE: torch.Tensor,
-    tokens_EP: torch.Tensor,
+    runs_2EP: torch.Tensor,
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which rank computes each copy of this rank's tokens, and in which of its rows.
@@ -193,10 +219,8 @@ def address_copies(
     Args:
         selected_TK: [T, K] int64 expert ids; ids outside [0, E) get some address.
         position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
-        counts_PE: [P, E] int64, any row stride: copies of each expert that each rank's tokens have.
-        tokens_EP: [E, P], an integer dtype, the plan: copies of each expert that each rank
-            computes. An expert's copies, by source rank and token, are cut into runs of these
-            lengths.
+        runs_2EP: int32 [2, E, P]. Sorted so, the copies of each expert that each rank computes are
+            a run: the place behind it, and what is to be added to a copy's place to get its row.
         rank: this rank, to which nothing is sent.
 
     Returns:
@@ -206,21 +230,14 @@ def address_copies(
         copy on the rank that computes it: rows are in the order of the rank's experts, home before
         foreign ones, then of source ranks, then of tokens.
     """
-    (T, K), (E, P) = selected_TK.shape, tokens_EP.shape
-    assert counts_PE.shape == (P, E) and counts_PE.stride(1) == 1
+    (T, K), (_, E, P) = selected_TK.shape, runs_2EP.shape
+    assert runs_2EP.dtype == torch.int32 and runs_2EP.is_contiguous()
     own, sent, target = selected_TK.new_empty((3, T, K), dtype=torch.int32)
     blocks, block_p = triton.cdiv(T, _TOKENS), _block_p(P)
     parcels = selected_TK.new_empty((blocks, block_p), dtype=torch.int32)
     if T:
-        block_e = triton.next_power_of_2(E)
-        end_EP, shift_EP = selected_TK.new_empty((2, E, P), dtype=torch.int32)
-        _run_kernel[(1,)](
-            *(counts_PE, tokens_EP.contiguous(), end_EP, shift_EP, counts_PE.stride(0), rank),
-            *(E, P, block_e, block_p),
-            num_warps=16 if block_e * block_p > 4096 else 4,
-        )
         _address_kernel[(blocks,)](
-            *(selected_TK.contiguous(), position_TK.contiguous(), end_EP, shift_EP),
+            *(selected_TK.contiguous(), position_TK.contiguous(), *runs_2EP),
             *(own, sent, target, parcels, T, rank, E, P, K, _TOKENS, block_p),
             num_warps=4,
         )

@@ -37,6 +37,8 @@ class KernelSet(NamedTuple):
     """`grouped_gemm.grouped_gemm_weight_gradient`."""
     plan_lla: Callable | None
     """The planner "lla" on the device (`planner.py`); None: the host plans."""
+    find_runs: Callable | None
+    """After `plan_lla`, what `address_copies` needs of the plan (`routes.py`); None: as above."""
 
 
 def _torch_kernels() -> KernelSet:
@@ -55,6 +57,7 @@ def _torch_kernels() -> KernelSet:
         gradient_of_rows=grouped_gemm.gradient_of_rows,
         gradient_of_weights=grouped_gemm.grouped_gemm_weight_gradient,
         plan_lla=None,
+        find_runs=None,
     )
 
 

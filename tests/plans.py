@@ -1,8 +1,17 @@
-"""Configs and counts for tests of planners."""
+"""Configs, counts and prices for tests of planners, and which tokens go where in plain words."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+
+from ds_llep.costs import Costs
+from ds_llep.plan import make_plan
+
+CHEAP_SPILLS = Costs(
+    row=1000, expert=0, copy_inside=1, copy_between=2, weights_inside=0, weights_between=0
+)
+"""For planner "cost": even few rows are worth a spill."""
 
 
 def config_of(**changes):
@@ -21,3 +30,34 @@ def scatter(load_E, P, seed=0):
     rng = np.random.default_rng(seed)
     share_P = rng.dirichlet(np.full(P, 0.5))
     return np.stack([rng.multinomial(load, share_P) for load in load_E], axis=1)
+
+
+def draw_nodes(P, rng):
+    """The nodes of P ranks: few or many, ranks in any order, numbers with gaps."""
+    return rng.permutation(9)[rng.integers(0, rng.integers(1, 5), P)]
+
+
+def plan_for_nodes(counts_PE, config, *_, ranks_per_node):
+    """A `make_plan` where planner "cost" spills even few rows, over nodes of this size."""
+    nodes_P = np.arange(len(counts_PE)) // ranks_per_node
+    return make_plan(counts_PE, config, CHEAP_SPILLS, nodes_P)
+
+
+def shares(counts_P, tokens_P, nodes_P):
+    """[P, P]: how many tokens of an expert go from each source to each rank, by cut.py's rules.
+
+    First a rank's own, then those of its node, then the rest; without nodes all of them as the
+    rest. Ranks take in rank order, from sources in rank order.
+    """
+    P = len(counts_P)
+    left_P, room_P, share_PP = counts_P.copy(), tokens_P.copy(), np.zeros((P, P), dtype=int)
+    rounds = [lambda s, p: s == p, lambda s, p: nodes_P[s] == nodes_P[p], lambda s, p: True]
+    for allowed in rounds if nodes_P is not None else rounds[-1:]:
+        for p, s in product(tokens_P.nonzero()[0], counts_P.nonzero()[0]):
+            if allowed(s, p):
+                taken = min(left_P[s], room_P[p])
+                share_PP[s, p] += taken
+                left_P[s] -= taken
+                room_P[p] -= taken
+    assert not left_P.any() and not room_P.any()
+    return share_PP

@@ -5,11 +5,18 @@ The budget is AutoEP's own: our error may be twice its error, plus 1e-6, in each
 
 from __future__ import annotations
 
+from functools import partial
+from unittest import mock
+
 import layers
 import pytest
 import torch
 import workloads
 from families import FAMILIES
+from plans import plan_for_nodes
+
+from ds_llep import layer as layer_room
+from ds_llep import make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,16 +30,23 @@ def compare(
     num_tokens: int = 24,
     checkpointing: str = "none",
     options: dict | None = None,
+    ranks_per_node: int | None = None,
     **settings,
 ) -> dict:
-    """On every rank: tensors over budget as ``{name: (ours, AutoEP's)}``, and what was planned."""
+    """On every rank: tensors over budget as ``{name: (ours, AutoEP's)}``, and what was planned.
+
+    With ``ranks_per_node``, ranks are taken to be on nodes of this size, and any spill pays.
+    """
+    planner = partial(plan_for_nodes, ranks_per_node=ranks_per_node)
+    nodes = mock.patch.object(layer_room, "make_plan", planner if ranks_per_node else make_plan)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     try:
         theirs = layers.autoep_layer(family, ep_size, seed, dtype, **(options or {}))
         ours = layers.llep_twin(theirs, **settings)
         x, grad, ids = layers.draw(theirs, workload, num_tokens, dtype, seed)
         found_theirs = layers.run(theirs, x, grad, ids, checkpointing)
-        found_ours = layers.run(ours, x, grad, ids, checkpointing)
+        with nodes:
+            found_ours = layers.run(ours, x, grad, ids, checkpointing)
         expected = layers.reference(family, theirs, x, grad, ids, seed, dtype, **(options or {}))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -82,6 +96,26 @@ def test_two_ep_groups(pools, workload, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_ranks(pools, workload, dtype, seed):
     check(pools(2).run(compare, "qwen3_moe", workload, DTYPES[dtype], 2, seed), seed)
+
+
+# World, EP size, ranks of a node.
+@pytest.mark.parametrize("size", [(4, 4, 4), (4, 4, 2), (4, 2, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("workload", ["one_hot_expert", "hot_rank", "idle_ranks", "empty_rank"])
+def test_local_cut(pools, workload, size, seed):
+    """A rank computes its own tokens first."""
+    world, ep_size, ranks_per_node = size
+    results = pools(world).run(
+        compare,
+        "qwen3_moe",
+        workload,
+        torch.float32,
+        ep_size,
+        seed,
+        planner="cost",
+        ranks_per_node=ranks_per_node,
+    )
+    check(results, seed)
+    assert results[0]["foreign_experts"][0] > 0
 
 
 def test_every_rank_alone(pools, seed):

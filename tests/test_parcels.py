@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from plans import plan_for_nodes
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep.bench.parcels import at_home, distinct, fewest_parcels, most_parcels, traffic
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
-from ds_llep.route import Addresses, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route, sort_copies
 
 CPU = select_kernels("torch", torch.device("cpu"))
-NONE, SOME = (
-    LLEPConfig(imbalance_threshold=threshold, min_tokens_per_gemm=1) for threshold in (1e9, 1.0)
+NONE, SOME, LOCAL = (
+    LLEPConfig(imbalance_threshold=threshold, min_tokens_per_gemm=1, planner=planner)
+    for threshold, planner in ((1e9, "lla"), (1.0, "lla"), (1.0, "cost"))
 )
 
 
@@ -35,29 +37,29 @@ def counted(ids: list[np.ndarray], num_experts: int) -> tuple[np.ndarray, np.nda
     return counts_PE, reached_PP
 
 
-@pytest.mark.parametrize("config", [NONE, SOME])
+@pytest.mark.parametrize("config", [NONE, SOME, LOCAL], ids=["none", "some", "local"])
 def test_traffic_is_what_the_plan_sends(seed, config):
     ids, E, _ = routed(seed)
     counts_PE, _ = counted(ids, E)
-    plan = make_plan(counts_PE, config)
+    plan = plan_for_nodes(counts_PE, config, ranks_per_node=2)
     sent_PP = np.stack([plan.send_EP(source).sum(0) for source in range(plan.num_ranks)])
     np.testing.assert_array_equal(traffic(plan), sent_PP)
     if config is NONE:
         np.testing.assert_array_equal(at_home(plan), sent_PP)
 
 
-@pytest.mark.parametrize("config", [NONE, SOME])
+@pytest.mark.parametrize("config", [NONE, SOME, LOCAL], ids=["none", "some", "local"])
 def test_as_in_routes(seed, config):
     """What travels is what routes say; of these parcels no fewer are used than the lower bound."""
     ids, E, K = routed(seed)
     counts_PE, reached_PP = counted(ids, E)
-    plan = make_plan(counts_PE, config)
+    plan = plan_for_nodes(counts_PE, config, ranks_per_node=2)
     most_PP, fewest_PP = (bound(plan, reached_PP, K) for bound in (most_parcels, fewest_parcels))
     used_PP = np.zeros_like(reached_PP)
     for rank, own_ids in enumerate(ids):
         selected_TK = torch.from_numpy(own_ids)
-        counts, tokens = torch.tensor(plan.counts_PE), torch.tensor(plan.tokens_EP)
-        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), counts, tokens, rank)
+        runs = torch.from_numpy(find_runs(plan, rank))
+        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), runs, rank)
         route, maps = make_route(Addresses(*found), reached_PP, plan, rank, None, CPU)
         assert route.send_splits == most_PP[rank].tolist()
         assert route.recv_splits == most_PP[:, rank].tolist()

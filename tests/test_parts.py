@@ -16,7 +16,7 @@ from ds_llep.kernels.grouped_gemm import (
 )
 from ds_llep.kernels.select import select_kernels
 from ds_llep.returns import Sum
-from ds_llep.route import Addresses, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route, sort_copies
 
 CPU = select_kernels("torch", torch.device("cpu"))
 PLAN_ALWAYS = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
@@ -29,8 +29,8 @@ def test_dispatch_and_combine_gradients(top_k, seed):
     selected = torch.multinomial(torch.ones(5, 6), top_k)
     counts = torch.bincount(selected.reshape(-1), minlength=6).view(1, 6).numpy()
     plan = make_plan(counts, PLAN_ALWAYS)
-    on_device = [torch.tensor(of_plan) for of_plan in (plan.counts_PE, plan.tokens_EP)]
-    addresses = CPU.address_copies(selected, sort_copies(selected), *on_device, 0)
+    runs = torch.from_numpy(find_runs(plan, 0))
+    addresses = CPU.address_copies(selected, sort_copies(selected), runs, 0)
     route, maps = make_route(Addresses(*addresses), np.full((1, 1), 5), plan, 0, None, CPU)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     scores = torch.rand(5, top_k, dtype=torch.float64, requires_grad=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plans import config_of, scatter
+from plans import config_of, draw_nodes, scatter, shares
 
 from ds_llep.plan import Plan, Spill, make_plan
 
@@ -401,6 +401,71 @@ def test_splits_match_a_token_by_token_assignment(problem):
             assert its_ranks == [p for p in range(P) for _ in range(sent[s, e, p])]
 
 
+@st.composite
+def local_plans(draw):
+    """Experts cut over any ranks, whether that makes sense or not, on any nodes."""
+    load_E, P = draw(loads())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    tokens_EP = scatter(load_E, P, rng).T.copy()
+    at_home = rng.random(len(load_E)) < 0.3
+    tokens_EP[at_home] = 0
+    tokens_EP[at_home, np.flatnonzero(at_home) * P // len(load_E)] = np.array(load_E)[at_home]
+    return Plan(scatter(load_E, P, rng), tokens_EP, bypassed=False, nodes_P=draw_nodes(P, rng))
+
+
+def sent_by_all(plan):
+    """int64 [P, E, P]: by source, expert and computing rank."""
+    return np.stack([plan.send_EP(source) for source in range(plan.num_ranks)])
+
+
+@for_all(local_plans())
+def test_a_local_cut_follows_its_rule(plan):
+    sent_PEP = sent_by_all(plan)
+    for e in range(plan.num_experts):
+        expected_PP = shares(plan.counts_PE[:, e], plan.tokens_EP[e], plan.nodes_P)
+        assert sent_PEP[:, e].tolist() == expected_PP.tolist()
+
+
+@for_all(local_plans())
+def test_a_local_cut_loses_nothing_and_keeps_tokens_near(plan):
+    P, sent_PEP = plan.num_ranks, sent_by_all(plan)
+    assert (sent_PEP >= 0).all()
+    assert (sent_PEP.sum(2) == plan.counts_PE).all() and (sent_PEP.sum(0) == plan.tokens_EP).all()
+    received_PPE = np.stack([plan.recv_PE(rank) for rank in range(P)])
+    assert (received_PPE == sent_PEP.transpose(2, 0, 1)).all()
+    earlier_PEP = np.stack([plan.earlier_EP(source) for source in range(P)])
+    assert (earlier_PEP == sent_PEP.cumsum(0) - sent_PEP).all()
+    # No more can stay on a rank, or on a node, than there is there of tokens and of room.
+    for groups_P in (np.arange(P), plan.nodes_P):
+        for group in set(groups_P.tolist()):
+            inside = np.flatnonzero(groups_P == group)
+            stay_E = sent_PEP[inside][:, :, inside].sum((0, 2))
+            tokens_E, room_E = plan.counts_PE[inside].sum(0), plan.tokens_EP[:, inside].sum(1)
+            assert (stay_E == np.minimum(tokens_E, room_E)).all()
+
+
+def test_a_hot_expert_sends_less_than_without_a_spill(seed):
+    """And less than if cut by source, which moves a rank's own tokens to make room for others."""
+    rng = np.random.default_rng(seed)
+    P, E = int(rng.integers(4, 9)), 32
+    counts_PE = rng.integers(2000, 3000, (P, E * P)) // P
+    counts_PE[:, rng.integers(E * P)] = np.sort(rng.integers(30_000, 90_000, P))
+    between = {}
+    for planner in ("cost", "lla"):
+        plan = make_plan(counts_PE, config_of(planner=planner))
+        assert plan.spills
+        between[planner] = between_ranks(plan)
+    at_home = make_plan(counts_PE, config_of(imbalance_threshold=1e9))
+    assert between["cost"] < between["lla"]
+    assert between["cost"] < between_ranks(at_home)
+
+
+def between_ranks(plan):
+    """Copies that leave their rank."""
+    sent_PP = sent_by_all(plan).sum(1)
+    return sent_PP.sum() - sent_PP.trace()
+
+
 @for_all(problems())
 def test_per_rank_views(problem):
     load_E, P, counts_PE, config = problem
@@ -508,6 +573,27 @@ def test_a_plan_leaves_its_callers_arrays_writeable():
 def test_wrong_counts(counts, message):
     with pytest.raises(ValueError, match=f"make_plan: .*{message}"):
         make_plan(counts, config_of())
+
+
+@pytest.mark.parametrize(
+    "nodes_P", [[0], [[0, 0]], [0, 0, 1], [0.0, 1.0], [False, True], [0, -1], 3], ids=str
+)
+@pytest.mark.parametrize("planner", ["lla", "cost"])
+def test_wrong_nodes(nodes_P, planner):
+    with pytest.raises(ValueError, match="make_plan: nodes_P is .*valid is .* each of the 2 ranks"):
+        make_plan([[3, 4], [5, 6]], config_of(planner=planner), nodes_P=nodes_P)
+
+
+def test_nodes_of_a_plan():
+    """Planner "lla" has none: it cuts as the paper does."""
+    counts_PE, nodes_P = scatter([100, 0, 3, 4], 2), np.array([4, 0], dtype=np.uint8)
+    plan = make_plan(counts_PE, config_of(planner="cost"), nodes_P=nodes_P)
+    nodes_P[:] = 7
+    assert plan.nodes_P.tolist() == [4, 0] and plan.nodes_P.dtype == np.int64
+    with pytest.raises(ValueError, match="read-only"):
+        plan.nodes_P[0] = 1
+    assert make_plan(counts_PE, config_of(planner="cost")).nodes_P.tolist() == [0, 0]
+    assert make_plan(counts_PE, config_of(), nodes_P=[0, 1]).nodes_P is None
 
 
 def test_unknown_planner():

@@ -72,13 +72,9 @@ def _between(parcels_PP: np.ndarray) -> np.ndarray:
 def _moved(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """int64 ``[P, P]``: copies by source rank and the home that they leave, or their helper."""
     lent_PP, foreign_PP = np.zeros((2, plan.num_ranks, plan.num_ranks), dtype=np.int64)
-    for expert in {spill.expert for spill in plan.spills}:
-        own_P, home = plan.counts_PE[:, expert], expert // plan.experts_per_rank
-        source, computing = own_P.cumsum(), plan.tokens_EP[expert].cumsum()
-        ends = np.minimum.outer(source, computing)
-        starts = np.maximum.outer(source - own_P, computing - plan.tokens_EP[expert])
-        sent_PP = np.maximum(ends - starts, 0)
-        lent_PP[:, home] += own_P - sent_PP[:, home]
-        sent_PP[:, home] = 0
-        foreign_PP += sent_PP
+    expert_J, rank_J, _ = plan.segments
+    home_J = expert_J // plan.experts_per_rank
+    away_J = rank_J != home_J
+    np.add.at(lent_PP.T, home_J[away_J], plan.sent_JP[away_J])
+    np.add.at(foreign_PP.T, rank_J[away_J], plan.sent_JP[away_J])
     return lent_PP, foreign_PP

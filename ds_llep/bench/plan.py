@@ -5,6 +5,7 @@ send a token, so the milliseconds printed here are added to every MoE layer's fo
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 
@@ -36,6 +37,11 @@ def median_ms(function, repeats: int) -> float:
     return statistics.median(times) * 1e3
 
 
+def split(plan: Plan) -> None:
+    plan.send_EP(0)
+    plan.recv_PE(0)
+
+
 def main(argv: list[str] | None = None) -> None:
     from ds_llep.config import LLEPConfig
 
@@ -62,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
             plan = make_plan(counts_PE, config)
             check(plan)
             plan_ms = median_ms(lambda c=counts_PE: make_plan(c, config), args.repeats)
-            split_ms = median_ms(lambda p=plan: (p.send_EP(0), p.recv_PE(0)), args.repeats)
+            # Each keeps what it cut.
+            fresh = iter([dataclasses.replace(plan) for _ in range(args.repeats + 1)])
+            split_ms = median_ms(lambda f=fresh: split(next(f)), args.repeats)
             print(
                 f"{E:>4} {P:>3}  {workload:<9} {plan_ms:>12.3f} {split_ms:>12.3f} "
                 f"{plan.load_ratio_before:>12.2f} {plan.load_ratio_after:>6.2f} "

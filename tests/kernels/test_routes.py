@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plans import CHEAP_SPILLS, draw_nodes, shares
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep import dispatch as dispatch_room
@@ -21,7 +22,7 @@ from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.kernels import routes
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
-from ds_llep.route import Addresses, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route, sort_copies
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWIN, TRITON = (select_kernels(name, DEVICE) for name in ("torch", "triton"))
@@ -53,6 +54,13 @@ def home(ids, E: int) -> Plan:
     return make_plan(counts_of(ids, E), LLEPConfig(imbalance_threshold=1e9))
 
 
+def cost(ids, E: int) -> Plan:
+    counts_PE = counts_of(ids, E)
+    rng = np.random.default_rng(counts_PE.reshape(-1))
+    config = LLEPConfig(planner="cost", imbalance_threshold=1.0, min_tokens_per_gemm=1)
+    return make_plan(counts_PE, config, CHEAP_SPILLS, draw_nodes(len(ids), rng))
+
+
 def arbitrary(ids, E: int) -> Plan:
     """Some experts cut anywhere, over any ranks, whether that makes sense or not."""
     counts_PE, P = counts_of(ids, E), len(ids)
@@ -66,6 +74,15 @@ def arbitrary(ids, E: int) -> Plan:
     return Plan(counts_PE, tokens_EP, bypassed=False)
 
 
+def arbitrary_local(ids, E: int) -> Plan:
+    plan = arbitrary(ids, E)
+    rng = np.random.default_rng(plan.counts_PE.reshape(-1))
+    return replace(plan, nodes_P=draw_nodes(len(ids), rng))
+
+
+PLANNERS = [lla, lla, cost, arbitrary, arbitrary_local, arbitrary_local, home]
+
+
 @st.composite
 def routings(draw):
     """Expert ids of every rank, ragged, with hot experts and ranks without tokens; and a plan."""
@@ -77,17 +94,20 @@ def routings(draw):
         twice=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
-    return ids, draw(st.sampled_from([lla, lla, arbitrary, home]))(ids, P * M)
+    return ids, draw(st.sampled_from(PLANNERS))(ids, P * M)
 
 
 def play(ids, plan: Plan) -> list[np.ndarray]:
     """For each rank `[T, K, 2]`: the rank that computes a copy, and its row there."""
-    runs = {}
+    runs, P = {}, plan.num_ranks
     for e in range(plan.num_experts):
-        copies = [(s, t, k) for s, i in enumerate(ids) for t, k in np.argwhere(i == e)]
-        for p, length in enumerate(plan.tokens_EP[e]):
-            runs[e, p], copies = copies[:length], copies[length:]
-        assert not copies
+        share_PP = shares(plan.counts_PE[:, e], plan.tokens_EP[e], plan.nodes_P)
+        for s, i in enumerate(ids):
+            copies = [(s, t, k) for t, k in np.argwhere(i == e)]
+            for p in range(P):
+                here, copies = copies[: share_PP[s, p]], copies[share_PP[s, p] :]
+                runs.setdefault((e, p), []).extend(here)
+            assert not copies
     found = [np.full((*i.shape, 2), -1) for i in ids]
     for p in range(plan.num_ranks):
         rows = [copy for e in plan.slots(p) for copy in runs[e, p]]
@@ -119,12 +139,15 @@ def reached_of(ids, plan: Plan) -> np.ndarray:
 
 def address(ids, plan: Plan, rank: int, kernels) -> Addresses:
     selected_TK = torch.from_numpy(ids[rank]).to(DEVICE)
-    # As gathered, with other fields behind the counts.
-    counts_PE = torch.from_numpy(np.pad(plan.counts_PE, ((0, 0), (0, 3)))).to(DEVICE)[:, :-3]
-    tokens_EP = torch.tensor(plan.tokens_EP, device=DEVICE)
+    if kernels.find_runs is None or plan.nodes_P is not None:
+        runs_2EP = torch.from_numpy(find_runs(plan, rank)).to(DEVICE)
+    else:
+        # As gathered, with other fields behind the counts.
+        counts_PE = torch.from_numpy(np.pad(plan.counts_PE, ((0, 0), (0, 3)))).to(DEVICE)[:, :-3]
+        tokens_EP = torch.tensor(plan.tokens_EP, device=DEVICE)
+        runs_2EP = kernels.find_runs(counts_PE, tokens_EP, rank)
     position_TK = sort_copies(selected_TK)
-    found = kernels.address_copies(selected_TK, position_TK, counts_PE, tokens_EP, rank)
-    return Addresses(*found)
+    return Addresses(*kernels.address_copies(selected_TK, position_TK, runs_2EP, rank))
 
 
 def route_of(ids, plan: Plan, rank: int, kernels, group=None):
@@ -205,9 +228,10 @@ def test_several_blocks(size, kernels, monkeypatch, seed):
     check_maps(maps, route, play(ids, plan), 0)
 
 
-def test_256_experts_on_64_ranks(kernels, seed):
+@pytest.mark.parametrize("make", [lla, cost])
+def test_256_experts_on_64_ranks(make, kernels, seed):
     ids = draw_ids(64, 256, 8, [10] * 64, 400.0, False, seed)
-    plan = lla(ids, 256)
+    plan = make(ids, 256)
     assert plan.spills
     route, maps = route_of(ids, plan, 41, kernels)
     check_maps(maps, route, play(ids, plan), 41)
@@ -350,6 +374,8 @@ LAYERS = [
     (3, 2, 4, home, torch.float32, torch.float32, [12, 1, 0]),
     (5, 1, 3, arbitrary, torch.bfloat16, torch.bfloat16, [9, 7, 0, 1, 8]),
     (2, 2, 3, arbitrary, torch.float64, torch.float64, [10, 12]),
+    (5, 1, 3, arbitrary_local, torch.float32, torch.float32, [9, 7, 0, 1, 8]),
+    (4, 2, 2, cost, torch.bfloat16, torch.float32, [12, 0, 9, 16]),
     (2, 2, 2, lla, torch.float32, torch.float32, [0, 0]),
 ]
 
@@ -363,7 +389,7 @@ def test_dispatch_and_combine(case, early, kernels, small_blocks, monkeypatch, d
     ids = draw_ids(P, E, K, tokens, 6.0, True, draw.seed)
     plan = make(ids, E)
     goes = play(ids, plan)
-    assert plan.spills or make is not lla or sum(tokens) == 0
+    assert plan.spills or make not in (lla, cost) or sum(tokens) == 0
 
     def leaves(width: int, dtype: torch.dtype) -> list[torch.Tensor]:
         numbers = [draw.index(T, width, high=5) - 2 for T in tokens]

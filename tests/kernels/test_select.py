@@ -23,7 +23,7 @@ def test_sets_are_complete():
     for name in torch_set._fields[1:]:
         launcher, twin = getattr(triton_set, name), getattr(torch_set, name)
         assert launcher.__name__ == name and launcher is not twin
-        if name == "plan_lla":
+        if name in ("plan_lla", "find_runs"):
             assert twin is None  # the host plans
         else:
             room = reference if hasattr(reference, name) else grouped_gemm
