@@ -166,7 +166,6 @@ def test_scores_before_experts(pools, dtype, seed):
         {"capacity_factor": 1.4},
         {"min_tokens_per_gemm": 16},
         {"imbalance_threshold": 100.0},
-        {"planner": "cost"},
     ],
     ids=str,
 )

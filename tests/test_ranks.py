@@ -171,14 +171,14 @@ def test_training_under_mpi(tmp_path, seed):
     port = free_port()
     # Other mappings of more ranks than cores may number local ranks otherwise than DeepSpeed does.
     command = [mpirun(), "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
-    command += ["--timeout", "120", "-n", "4"]  # then mpirun ends all ranks
+    command += ["--timeout", "180", "-n", "4"]  # then mpirun ends all ranks
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     command += [sys.executable, "train.py", str(port), str(seed)]
     with mock.patch.dict(os.environ):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-        code, out = run(command, port, cwd=tmp_path, timeout=150)
+        code, out = run(command, port, cwd=tmp_path, timeout=210)
     assert code == 0, out[-6000:]
     assert "1 node(s) from MPI" in out, out[-6000:]
     for rank in range(4):
