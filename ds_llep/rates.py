@@ -85,9 +85,10 @@ class Rates:
         # 6 D F in forward: a multiplication and an addition in three products; twice as many in
         # backward.
         row = 18 * D * F * PICOSECONDS // self.flops
-        # A token travels to a rank once for all of its copies there. Of K independent choices
-        # among P ranks, so many copies are the first of theirs: P (1 - (1 - 1 / P)^K) / K.
-        parcels = Fraction(P**K - (P - 1) ** K, K * P ** (K - 1))
+        # A token travels to a rank once for all of its copies there, so that only a copy that is
+        # the token's only one there is a parcel more: of K independent choices among P ranks,
+        # (1 - 1 / P)^(K - 1) of them.
+        parcels = Fraction((P - 1) ** (K - 1), P ** (K - 1))
         # There and back, and in backward once more.
         copy = 4 * D * element_size * parcels * PICOSECONDS
         # The gradients of an expert are as large as its weights.

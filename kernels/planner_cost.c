@@ -21,6 +21,12 @@ typedef int64_t i64;
 
 enum { INSIDE, BETWEEN, KINDS };
 enum { CANDIDATES = 2, TRIES = 3 }; /* helpers of each kind to choose from, shifts to try */
+enum { SHIFTS = 10000 };            /* of a whole search: some milliseconds */
+
+/* Where a search starts: all at home, and again with helpers on other nodes first; the best plan so
+ * far; or experts replicated, where one, two or four times the transfer is spared or where it is
+ * once, within the target. */
+enum { HOME, FAR_FIRST, BEST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, STARTS };
 
 static const i64 NO_LIMIT = (i64)1 << 60;
 
@@ -29,7 +35,7 @@ typedef struct {
 } Costs;
 
 typedef struct {
-    i64 P, E, M, nodes, min_tokens, max_foreign, max_rows, steps;
+    i64 P, E, M, nodes, min_tokens, max_foreign, max_rows, shifts;
     const int32_t *node; /* [P] */
     int32_t *member;     /* [P] the ranks by node */
     int32_t *first;      /* [P + 1] of each node among these */
@@ -37,6 +43,7 @@ typedef struct {
     i64 *own;     /* [E, P] tokens of each expert on each source rank */
     i64 *of_node; /* [E, P] the same by node */
     i64 *load;    /* [E] */
+    i64 *by_load; /* [E] the experts, the largest first */
     /* What changes: tokens of each expert that each rank computes, and the ranks' times. */
     i64 *tokens;      /* [E, P] */
     uint8_t *takes;   /* [E, P] a helper has been opened */
@@ -49,6 +56,10 @@ typedef struct {
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static i64 most(i64 a, i64 b) { return a > b ? a : b; }
+
+static i64 num_foreign(const Search *s, i64 r) {
+    return s->borrowed[INSIDE][r] + s->borrowed[BETWEEN][r];
+}
 
 static int kind(const Search *s, i64 a, i64 b) { return s->node[a] != s->node[b]; }
 
@@ -96,6 +107,7 @@ static void book_rank(Search *s, i64 e, i64 r, i64 sign) {
 
 /* Let rank `b` compute q tokens of an expert that rank `a` did. */
 static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
+    s->shifts--;
     i64 home = e / s->M, *tokens = s->tokens + e * s->P;
     uint8_t *takes = s->takes + e * s->P;
     int32_t nodes[] = {s->node[home], s->node[a], s->node[b]}; /* each of them once */
@@ -231,7 +243,7 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first) {
             i64 h = -1; /* the ranks of this kind by time */
             for (i64 r = 0; r < s->P; r++)
                 if (r != g && kind(s, g, r) == k && s->time[r] * s->P + r > last &&
-                    s->borrowed[INSIDE][r] + s->borrowed[BETWEEN][r] < s->max_foreign &&
+                    num_foreign(s, r) < s->max_foreign &&
                     (h < 0 || s->time[r] < s->time[h]))
                     h = r;
             if (h < 0 || s->time[h] >= target) break;
@@ -299,16 +311,61 @@ static void restore(Search *s, const Spill *spills, i64 count) {
         shift(s, spills[i].expert, spills[i].expert / s->M, spills[i].helper, spills[i].tokens);
 }
 
+/* Let the fastest ranks of a node take tokens of an expert that are on it, as far as `target` allows
+ * and as long as the copies between nodes that this spares are worth `times` the transfer. */
+static void replicate_on(Search *s, i64 e, int32_t node, i64 target, i64 times) {
+    i64 home = e / s->M, at = e * s->P, left = s->of_node[at + node];
+    i64 spared = s->costs.copy[BETWEEN] - s->costs.copy[INSIDE];
+    i64 price = times * (s->costs.weights[BETWEEN] + s->costs.expert);
+    while (left >= s->min_tokens && left * spared >= price) {
+        i64 h = -1;
+        for (int32_t i = s->first[node]; i < s->first[node + 1]; i++) {
+            i64 r = s->member[i];
+            if (!s->takes[at + r] && num_foreign(s, r) < s->max_foreign &&
+                (h < 0 || s->time[r] < s->time[h]))
+                h = r;
+        }
+        i64 q = h < 0 ? 0 : least(least(left, s->tokens[at + home]), room(s, e, h, target));
+        if (q < s->min_tokens || q * spared < price) break;
+        shift(s, e, home, h, q);
+        left -= q;
+    }
+}
+
+/* Let ranks take tokens that are on them, or on their nodes, where the copies that this spares are
+ * worth `times` the transfer; the largest experts first. */
+static void replicate(Search *s, i64 target, i64 times) {
+    for (i64 i = 0; i < s->E; i++) {
+        i64 e = s->by_load[i], home = e / s->M, at = e * s->P;
+        i64 most_spared = s->load[e] * most(s->costs.copy[INSIDE], s->costs.copy[BETWEEN]);
+        if (most_spared < times * least(s->costs.weights[INSIDE], s->costs.weights[BETWEEN])) break;
+        for (int32_t node = 0; node < s->nodes; node++)
+            if (node != s->node[home]) replicate_on(s, e, node, target, times);
+        for (i64 h = 0; h < s->P; h++) {
+            int k = kind(s, home, h);
+            if (h == home || s->takes[at + h] || num_foreign(s, h) >= s->max_foreign) continue;
+            i64 q = least(least(s->own[at + h], s->tokens[at + home]), room(s, e, h, target));
+            if (q >= s->min_tokens &&
+                q * s->costs.copy[k] >= times * (s->costs.weights[k] + s->costs.expert))
+                shift(s, e, home, h, q);
+        }
+    }
+}
+
 /* Relieve the slowest rank until nothing does. */
 static void search(Search *s, i64 target, int far_first) {
-    while (s->steps > 0) {
+    for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
-        s->steps--;
         if (relieve_shared(s, g, target) || relieve_lending(s, g, target, far_first)) continue;
         if (over <= target / 200) break;
         target += over / 3;
     }
+}
+
+static int descending(const void *a, const void *b) {
+    i64 x = *(const i64 *)a, y = *(const i64 *)b;
+    return (x < y) - (x > y);
 }
 
 /* The plan.
@@ -322,9 +379,9 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
               const i64 *limits, const i64 *start, i64 num_start, i64 *tokens_EP, i64 *times) {
     Search s = {.P = P, .E = E, .M = E / P, .node = node_P};
     s.costs = (Costs){costs[0], costs[1], {costs[2], costs[3]}, {costs[4], costs[5]}};
-    s.steps = 100 * P;
+    s.shifts = SHIFTS;
     s.min_tokens = most(limits[0], 1), s.max_foreign = limits[1], s.max_rows = limits[2];
-    i64 *memory = calloc(3 * E * P + E + (2 + 4 * KINDS) * P, sizeof(i64));
+    i64 *memory = calloc(3 * E * P + 2 * E + (2 + 4 * KINDS) * P, sizeof(i64));
     char *flags = calloc((2 * E + 2 * P + 2) * sizeof(int32_t) + E * P, 1);
     Spill *found = malloc(E * P * sizeof(Spill));
     if (!memory || !flags || !found) {
@@ -333,7 +390,7 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
     }
     i64 *next = memory;
     s.own = next, next += E * P, s.of_node = next, next += E * P, s.tokens = next, next += E * P;
-    s.load = next, next += E, s.rows = next, next += P, s.time = next, next += P;
+    s.load = next, next += E, s.by_load = next, next += E, s.rows = next, next += P, s.time = next, next += P;
     for (int k = 0; k < KINDS; k++) {
         s.in[k] = next, next += P, s.out[k] = next, next += P;
         s.lent[k] = next, next += P, s.borrowed[k] = next, next += P;
@@ -357,7 +414,13 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
             s.load[e] += n;
             total += n;
         }
-    for (i64 e = 0; e < E; e++) s.tokens[e * P + e / s.M] = s.load[e];
+    /* Sorted as one number each: of equal loads the lower expert first. */
+    for (i64 e = 0; e < E; e++) {
+        s.tokens[e * P + e / s.M] = s.load[e];
+        s.by_load[e] = s.load[e] * E + E - 1 - e;
+    }
+    qsort(s.by_load, E, sizeof(i64), descending);
+    for (i64 e = 0; e < E; e++) s.by_load[e] = E - 1 - s.by_load[e] % E;
     for (i64 e = 0; e < E; e++)
         for (int32_t n = 0; n < P; n++)
             if (s.of_node[e * P + n] || n == node_P[e / s.M]) book(&s, e, n, 1);
@@ -371,16 +434,21 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
     if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], num_found = save(&s, found);
 
     /* Each target is nearer to the best time by a share of its distance from what no plan beats,
-     * rows shared evenly. */
+     * rows shared evenly. For each, several starts. */
     static const i64 shares[] = {0, 60, 40, 25, 15, 10, 5, 2};
     i64 bound = s.costs.row * total / P;
     for (int i = 0, in_vain = 0; i < 8 && in_vain < 3; i++, in_vain++) {
         i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
-        for (int way = 0; way < 3; way++) {
-            int far_first = way == 1, from_best = way == 2;
-            if (far_first && s.nodes == 1) continue;
-            restore(&s, found, from_best ? num_found : 0);
-            search(&s, target, far_first);
+        for (int start = 0; start < STARTS && s.shifts > 0; start++) {
+            /* On one node, where the best start is is soon seen. */
+            if (s.nodes == 1 && (start == FAR_FIRST || start >= REPLICATED) &&
+                (start != WITHIN_TARGET || i > 1))
+                continue;
+            restore(&s, found, start == BEST ? num_found : 0);
+            if (start >= REPLICATED)
+                replicate(&s, start == WITHIN_TARGET ? target : NO_LIMIT,
+                          start == WITHIN_TARGET ? 1 : 1 << (start - REPLICATED));
+            search(&s, target, start == FAR_FIRST);
             i64 time = s.time[slowest(&s)];
             if (time >= best) continue;
             take_back(&s, time);

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import deepspeed.comm as dist
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_llep.bench.parcels import distinct
 from ds_llep.config import LEAST_RATE, CostConfig
 from ds_llep.rates import H200, UNITS, Rates, find_rates
 
@@ -41,16 +39,18 @@ def test_prices(rates, D, F, K, P, element_size, fetches):
     seconds = (6 + 12) * D * F / rates.flops  # three products forward, six backward
     assert costs.row == pytest.approx(seconds * 1e12, rel=1e-9, abs=1.0) and costs.row >= 1
     assert costs.expert == rates.expert
-    # A token's copies on a rank travel as one: tokens over copies, where choices are spread evenly.
-    copies_PP = np.full((P, P), float(K))
-    share = distinct(copies_PP, K)[0, 0] / K
+    # A token's copies on a rank travel as one: parcels that one copy more adds, where choices are
+    # spread evenly.
+    T = 10**5
+    parcels = [T * (1 - (1 - copies / (T * K)) ** K) for copies in (T * K / P, T * K / P - 1)]
+    share = parcels[0] - parcels[1]
     bundle = 3 * D * F * element_size * (fetches + 1) * rates.exposed / 1000
     for rate, copy, weights in (
         (rates.inside, costs.copy_inside, costs.weights_inside),
         (rates.between, costs.copy_between, costs.weights_between),
     ):
         expected = 4 * D * element_size * share / rate * 1e12
-        assert copy == pytest.approx(expected, rel=1e-9, abs=1.0)
+        assert copy == pytest.approx(expected, rel=1e-3, abs=1.0)
         assert weights == pytest.approx(bundle / rate * 1e12, rel=1e-9, abs=1.0)
 
 
