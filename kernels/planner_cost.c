@@ -270,7 +270,9 @@ static void take_back(Search *s, i64 time) {
             if (s->takes[e * s->P + h]) {
                 i64 q = s->tokens[e * s->P + h];
                 shift(s, e, h, home, q);
-                if (s->time[slowest(s)] > time) shift(s, e, home, h, q);
+                i64 helps = s->borrowed[INSIDE][home] + s->borrowed[BETWEEN][home];
+                if (s->time[slowest(s)] > time || (helps && s->rows[home] > s->max_rows))
+                    shift(s, e, home, h, q);
             }
     }
 }
@@ -381,10 +383,9 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
             if (far_first && s.nodes == 1) continue;
             restore(&s, found, from_best ? num_found : 0);
             search(&s, target, far_first);
-            i64 time = s.time[slowest(&s)];
-            if (time >= best) continue;
-            take_back(&s, time);
-            best = time, num_found = save(&s, found), in_vain = -1;
+            if (s.time[slowest(&s)] >= best) continue;
+            take_back(&s, s.time[slowest(&s)]);
+            best = s.time[slowest(&s)], num_found = save(&s, found), in_vain = -1;
         }
     }
     for (i64 i = 0; i < num_found; i++) {
