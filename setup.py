@@ -27,6 +27,9 @@ setup(
         "examples": EXAMPLES,
         "tools": TOOLS,
         # ruff is kept to one minor version: another one may format differently.
-        "dev": [*EXAMPLES, *TOOLS, "pytest>=8", "hypothesis>=6", "ruff>=0.17,<0.18", "build>=1"],
+        "dev": [
+            *(*EXAMPLES, *TOOLS, "pytest>=8", "hypothesis>=6", "scipy>=1.13"),
+            *("ruff>=0.17,<0.18", "build>=1"),
+        ],
     },
 )
