@@ -124,7 +124,7 @@ def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray) 
             rows_P[helper] += tokens
         if any(rows_P[helper] > max_rows for _, helper, _ in start):
             start = []
-    return planner_cost.plan_cost(
+    tokens_EP, _ = planner_cost.plan_cost(
         counts_PE,
         nodes_P,
         costs.prices,
@@ -133,6 +133,7 @@ def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray) 
         max_rows,
         start,
     )
+    return tokens_EP
 
 
 PLANNERS = ("lla", "cost")

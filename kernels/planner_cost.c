@@ -282,7 +282,9 @@ static void take_back(Search *s, i64 time) {
             if (s->takes[e * s->P + h]) {
                 i64 q = s->tokens[e * s->P + h];
                 shift(s, e, h, home, q);
-                if (s->time[slowest(s)] > time) shift(s, e, home, h, q);
+                int too_many = num_foreign(s, home) && s->rows[home] > s->max_rows;
+                if (s->time[slowest(s)] > time || too_many)
+                    shift(s, e, home, h, q);
             }
     }
 }
@@ -439,20 +441,19 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
     i64 bound = s.costs.row * total / P;
     for (int i = 0, in_vain = 0; i < 8 && in_vain < 3; i++, in_vain++) {
         i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
-        for (int start = 0; start < STARTS && s.shifts > 0; start++) {
+        for (int from = 0; from < STARTS && s.shifts > 0; from++) {
             /* On one node, where the best start is is soon seen. */
-            if (s.nodes == 1 && (start == FAR_FIRST || start >= REPLICATED) &&
-                (start != WITHIN_TARGET || i > 1))
+            if (s.nodes == 1 && (from == FAR_FIRST || from >= REPLICATED) &&
+                (from != WITHIN_TARGET || i > 1))
                 continue;
-            restore(&s, found, start == BEST ? num_found : 0);
-            if (start >= REPLICATED)
-                replicate(&s, start == WITHIN_TARGET ? target : NO_LIMIT,
-                          start == WITHIN_TARGET ? 1 : 1 << (start - REPLICATED));
-            search(&s, target, start == FAR_FIRST);
-            i64 time = s.time[slowest(&s)];
-            if (time >= best) continue;
-            take_back(&s, time);
-            best = time, num_found = save(&s, found), in_vain = -1;
+            restore(&s, found, from == BEST ? num_found : 0);
+            if (from >= REPLICATED)
+                replicate(&s, from == WITHIN_TARGET ? target : NO_LIMIT,
+                          from == WITHIN_TARGET ? 1 : 1 << (from - REPLICATED));
+            search(&s, target, from == FAR_FIRST);
+            if (s.time[slowest(&s)] >= best) continue;
+            take_back(&s, s.time[slowest(&s)]);
+            best = s.time[slowest(&s)], num_found = save(&s, found), in_vain = -1;
         }
     }
     for (i64 i = 0; i < num_found; i++) {

@@ -67,14 +67,14 @@ def plan_cost(
     max_foreign_experts: int | None,
     max_rows: int | None,
     start: list[tuple[int, int, int]],
-) -> np.ndarray:
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Search for the plan whose slowest rank is the fastest.
 
     Args:
         counts_PE: int64 [P, E], each rank's own tokens per expert; E is a multiple of P.
         nodes_P: int64 [P], the node of each rank, any integers.
         prices: of a row, of a foreign expert, of a copy inside a node and between nodes, of an
-            expert's weights inside and between; integers >= 0.
+            expert's weights inside and between; integers >= 0, of a row >= 1.
         min_tokens: fewest tokens of a spill.
         max_foreign_experts: most of a rank; None: any number.
         max_rows: most of a rank that helps; None: any number.
@@ -82,28 +82,34 @@ def plan_cost(
             plan found will not be slower than; it may be empty.
 
     Returns:
-        int64 [E, P], tokens of each expert that each rank computes.
+        int64 [E, P], tokens of each expert that each rank computes, and the time of the slowest
+        rank without spills and with these.
 
     Raises:
-        ValueError: no C compiler; prices so high that a sum of them overflows.
+        ValueError: no C compiler; prices out of range, or so high that a sum of them overflows.
         MemoryError: no memory.
     """
     P, E = counts_PE.shape
-    # No rank's time is above this.
-    most = int(counts_PE.sum()) * sum(prices) + E * P * sum(prices)
-    if most >= _NO_LIMIT:
+    if min(prices) < 0 or prices[0] < 1:
+        raise ValueError(
+            f"planner cost: prices {prices}; valid is 1 or more for a row, 0 or more for the rest"
+        )
+    # No rank's time is above this; the search multiplies times by P and by percentages.
+    most = (int(counts_PE.sum()) + E * P) * sum(prices)
+    if most * max(P, 100) >= 1 << 62:
         raise ValueError(f"planner cost: prices {prices} are too high to be added up as 64-bit")
     limits = [
-        limit if limit is not None else _NO_LIMIT for limit in (max_foreign_experts, max_rows)
+        _NO_LIMIT if limit is None else min(limit, _NO_LIMIT)
+        for limit in (min_tokens, max_foreign_experts, max_rows)
     ]
     tokens_EP, times = np.empty((E, P), dtype=np.int64), np.empty(2, dtype=np.int64)
     failed = library().plan_cost(
         *(P, E, np.ascontiguousarray(counts_PE)),
         np.unique(nodes_P, return_inverse=True)[1].astype(np.int32),
         np.array(prices, dtype=np.int64),
-        np.array([min_tokens, *limits], dtype=np.int64),
+        np.array(limits, dtype=np.int64),
         *(np.array(start, dtype=np.int64), len(start), tokens_EP, times),
     )
     if failed:
         raise MemoryError(f"planner cost: no memory for {E} experts on {P} ranks")
-    return tokens_EP
+    return tokens_EP, tuple(times.tolist())

@@ -4,6 +4,7 @@ from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+from hypothesis import HealthCheck, given, settings
 
 from ds_llep.costs import Costs
 from ds_llep.plan import make_plan
@@ -12,6 +13,12 @@ CHEAP_SPILLS = Costs(
     row=1000, expert=0, copy_inside=1, copy_between=2, weights_inside=0, weights_between=0
 )
 """For planner "cost": even few rows are worth a spill."""
+
+
+def for_all(*strategies):
+    """`given`, but a busy machine is no failure."""
+    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    return lambda test: patient(given(*strategies)(test))
 
 
 def config_of(**changes):

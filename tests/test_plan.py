@@ -13,19 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plans import config_of, draw_nodes, scatter, shares
+from plans import config_of, draw_nodes, for_all, scatter, shares
 
 from ds_llep.plan import Plan, Spill, make_plan
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "lla_golden.json").read_text())["cases"]
-
-
-def for_all(*strategies):
-    """`given`, but a busy machine is no failure."""
-    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    return lambda test: patient(given(*strategies)(test))
 
 
 def capacity_of(load_E, P, config):
