@@ -113,8 +113,9 @@ def test_tokens_that_stay_by_hand():
     plan = Plan(counts_PE, tokens_EP, bypassed=False, nodes_P=np.zeros(2, dtype=int))
     np.testing.assert_array_equal(plan.send_EP(0)[3], [4, 1])
     np.testing.assert_array_equal(most_parcels(plan, *reached, 3), [[0, 3], [0, 0]])
-    splits = [route.send_splits for route, _ in routes_of(ids, plan, *reached)]
-    np.testing.assert_array_equal(splits, [[0, 3], [0, 0]])
+    (first, _), (second, _) = routes_of(ids, plan, *reached)
+    assert first.send_splits == [0, 3] and second.recv_splits == [3, 0]
+    assert first.recv_splits == second.send_splits == [0, 0]
 
 
 def test_a_spill_that_keeps_tokens_where_they_are_sends_fewer(seed):
@@ -129,7 +130,12 @@ def test_a_spill_that_keeps_tokens_where_they_are_sends_fewer(seed):
         plan = plan_for_nodes(counts_PE, config, ranks_per_node=P)
         assert bool(plan.spills) == (config is LOCAL)
         routes = [route for route, _ in routes_of(ids, plan, *reached)]
-        busiest.append(max(max(sum(r.send_splits), sum(r.recv_splits)) for r in routes))
+        sent_PP, received_PP = (
+            np.array([getattr(route, name) for route in routes])
+            for name in ("send_splits", "recv_splits")
+        )
+        np.testing.assert_array_equal(sent_PP.T, received_PP)
+        busiest.append(max(sent_PP.sum(1).max(), received_PP.sum(1).max()))
     assert busiest[1] < 0.9 * busiest[0]
 
 
