@@ -189,9 +189,14 @@ class LLEPMoELayer(AutoEPMoELayer):
             if not planned:
                 runs = to_device(find_runs(plans[own], self.ep_rank), x_TD.device)
                 addresses = self._address(selected_TK, position_TK, runs)
-            reached_PP = exchange.by_group(counts.reached_RP)[own]
             route, maps = make_route(
-                addresses, reached_PP, plans[own], self.ep_rank, self.ep_group, context.kernels
+                addresses,
+                exchange.by_group(counts.reached_RP)[own],
+                exchange.by_group(counts.alone_RE)[own],
+                plans[own],
+                self.ep_rank,
+                self.ep_group,
+                context.kernels,
             )
         return scores_TK, plans, route, maps
 
