@@ -611,6 +611,6 @@ def test_benchmark_prints_a_row_for_each_planner(capsys):
         without = found[ranks, workload, "ep"]
         assert line["plan"] > 0 and (line["time"] <= without["time"] or planner == "lla")
         assert (line["spills"] > 0) == (line["foreign"] > 0) == (line["weights"] > 0)
-        assert line["far"] <= line["sent"] and (line["far"] == 0) == (ranks == "2")
+        assert line["far"] <= line["sent"] and (line["far"] == 0 or ranks == "4")
     hot, without = found["4", "95:1", "cost"], found["4", "95:1", "ep"]
     assert hot["ratio"] < without["ratio"] and hot["sent"] < without["sent"]
