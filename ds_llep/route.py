@@ -4,9 +4,9 @@ A *copy* is a (token, choice) pair. A token travels to a rank once, as a *parcel
 its copies are computed there. How many parcels there are is known on the device only, after the
 plan; the host, which must size the all-to-all, would have to wait for it a second time. So it takes
 a bound that follows from the counts: a rank gets no more parcels from a source than the source has
-tokens, than copies go there, or than tokens with a copy that stays at home there plus copies of
-experts foreign there. How many tokens have a copy that stays is known from above, see `_splits`.
-Without spills the bound is exact; otherwise some parcels may travel empty.
+tokens, than copies go there, or than tokens with a home expert there, less those that no copy stays
+for, plus copies of experts foreign there. Without spills the bound is exact; otherwise some parcels
+may travel empty.
 
 Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``E`` experts, ``P`` ranks, ``J`` segments
 (see cut.py), ``S`` slots of all ranks.
@@ -144,10 +144,11 @@ def _splits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most parcels that this rank may send to each rank, and receive from each.
 
-    Every rank finds the same number for each pair. Where home keeps fewer of a source's copies of
-    an expert than are alone, the others of these are no reason to send their tokens there: each
-    token has one copy alone at most at a home, and no other copy there. A token that chooses an
-    expert twice has no copy of it alone, so it counts as reached whatever becomes of its copies.
+    Every rank finds the same number for each pair. A copy is alone if its token has no other copy
+    of an expert at that home. Where home keeps fewer of a source's copies of an expert than are
+    alone, at least the difference of tokens have no copy left there, and for each expert these are
+    other tokens, as a token has one such copy at a home at most. A token that chooses an expert
+    twice has no copy of it alone: it counts as reached, wherever its copies go.
     """
     sent_P, received_P = reached_PP[rank].copy(), reached_PP[:, rank].copy()
     spilled = plan.spilled_experts

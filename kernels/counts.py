@@ -40,7 +40,8 @@ def _count_kernel(
     e = tl.where((selected >= 0) & (selected < E), selected, E)
     e = tl.where(is_copy, e, E + 1).to(tl.int32)
     home = e // (E // P)
-    # A token's copies at the same home, and those of them that come before.
+    # Its token's copies at the same home, and those that come before it. Copies are compared with
+    # each other, since homes may be more than choices.
     there = tl.full([BLOCK_T, BLOCK_K], 0, tl.int32)
     before = tl.full([BLOCK_T, BLOCK_K], 0, tl.int32)
     for j in tl.static_range(K):
@@ -51,7 +52,7 @@ def _count_kernel(
         before += tl.where(k[None, :] > j, same, 0)
     alone = tl.where(there == 1, e, E)
     first = tl.where(before == 0, home, P)
-    # The order of copies does not matter.
+    # The order of copies does not matter: the compiler may choose it.
     copies = tl.histogram(tl.reshape(e, [BLOCK_T * BLOCK_K], can_reorder=True), EXPERT_BINS)
     alone = tl.histogram(tl.reshape(alone, [BLOCK_T * BLOCK_K], can_reorder=True), EXPERT_BINS)
     reached = tl.histogram(tl.reshape(first, [BLOCK_T * BLOCK_K], can_reorder=True), RANK_BINS)
