@@ -25,8 +25,8 @@ enum { SHIFTS = 10000 };            /* of a whole search: some milliseconds */
 
 /* Where a search starts: all at home, and again with helpers on other nodes first; the best plan so
  * far; or experts replicated, where one, two or four times the transfer is spared or where it is
- * once, within the target. */
-enum { HOME, FAR_FIRST, BEST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, STARTS };
+ * once, within the target; all at home, and helpers may be filled beyond the target. */
+enum { HOME, FAR_FIRST, BEST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, OVERFILL, STARTS };
 
 static const i64 NO_LIMIT = (i64)1 << 60;
 
@@ -231,8 +231,11 @@ static int before(const Candidate *a, const Candidate *b) {
     return a->expert < b->expert;
 }
 
-/* Relieve rank g by lending one of its home experts to a rank that has none of it. */
-static int relieve_lending(Search *s, i64 g, i64 target, int far_first) {
+/* Relieve rank g by lending one of its home experts to a rank that has none of it. The helper is
+ * filled up to `target` or, to `overfill` it, as far as g is: a rank that borrows can lend as many
+ * experts at no price, so it may hand on what is too much for it. */
+static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int overfill) {
+    i64 high = overfill ? s->time[g] : target;
     Candidate best[TRIES];
     int found = 0;
     for (int k = 0; k < KINDS; k++) {
@@ -246,11 +249,11 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first) {
                     num_foreign(s, r) < s->max_foreign &&
                     (h < 0 || s->time[r] < s->time[h]))
                     h = r;
-            if (h < 0 || s->time[h] >= target) break;
+            if (h < 0 || s->time[h] >= high) break;
             last = s->time[h] * s->P + h;
             for (i64 e = g * s->M; e < (g + 1) * s->M; e++) {
                 if (s->takes[e * s->P + h] || s->tokens[e * s->P + g] < s->min_tokens) continue;
-                i64 q = least(least(want, s->tokens[e * s->P + g]), room(s, e, h, target));
+                i64 q = least(least(want, s->tokens[e * s->P + g]), room(s, e, h, high));
                 if (q < s->min_tokens) continue;
                 Candidate new = {most(s->time[g] + extra - q * relief, target),
                                  least(s->own[e * s->P + h], q), s->time[h], e, h, q};
@@ -355,11 +358,12 @@ static void replicate(Search *s, i64 target, i64 times) {
 }
 
 /* Relieve the slowest rank until nothing does. */
-static void search(Search *s, i64 target, int far_first) {
+static void search(Search *s, i64 target, int far_first, int overfill) {
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
-        if (relieve_shared(s, g, target) || relieve_lending(s, g, target, far_first)) continue;
+        if (relieve_shared(s, g, target)) continue;
+        if (relieve_lending(s, g, target, far_first, overfill)) continue;
         if (over <= target / 200) break;
         target += over / 3;
     }
@@ -443,14 +447,15 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
         i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
         for (int from = 0; from < STARTS && s.shifts > 0; from++) {
             /* On one node, where the best start is is soon seen. */
-            if (s.nodes == 1 && (from == FAR_FIRST || from >= REPLICATED) &&
+            int replicated = from >= REPLICATED && from < OVERFILL;
+            if (s.nodes == 1 && (from == FAR_FIRST || replicated) &&
                 (from != WITHIN_TARGET || i > 1))
                 continue;
             restore(&s, found, from == BEST ? num_found : 0);
-            if (from >= REPLICATED)
+            if (replicated)
                 replicate(&s, from == WITHIN_TARGET ? target : NO_LIMIT,
                           from == WITHIN_TARGET ? 1 : 1 << (from - REPLICATED));
-            search(&s, target, from == FAR_FIRST);
+            search(&s, target, from == FAR_FIRST, from == OVERFILL);
             if (s.time[slowest(&s)] >= best) continue;
             take_back(&s, s.time[slowest(&s)]);
             best = s.time[slowest(&s)], num_found = save(&s, found), in_vain = -1;
