@@ -23,10 +23,10 @@ enum { INSIDE, BETWEEN, KINDS };
 enum { CANDIDATES = 2, TRIES = 3 }; /* helpers of each kind to choose from, shifts to try */
 enum { SHIFTS = 5000 };             /* of a whole search: a millisecond or two */
 
-/* Where a search starts: all at home, and again with helpers on other nodes first; experts replicated
- * where that spares one, two or four times the transfer, or once and within the target; the best plan
- * so far. */
-enum { HOME, FAR_FIRST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, BEST, STARTS };
+/* Where a search starts: all at home, and again with helpers on other nodes first, or filled beyond
+ * the target; experts replicated where that spares one, two or four times the transfer, or once and
+ * within the target; the best plan so far. */
+enum { HOME, FAR_FIRST, OVERFILL, REPLICATED, WITHIN_TARGET = REPLICATED + 3, BEST, STARTS };
 
 static const i64 NO_LIMIT = (i64)1 << 60;
 
@@ -230,8 +230,11 @@ static int before(const Candidate *a, const Candidate *b) {
     return a->expert < b->expert;
 }
 
-/* Relieve rank g by lending one of its home experts to a rank that has none of it. */
-static int relieve_lending(Search *s, i64 g, i64 target, int far_first) {
+/* Relieve rank g by lending one of its home experts to a rank that has none of it. The helper is
+ * filled up to `target` or, to `overfill` it, as far as g is: a rank that borrows can lend as many
+ * experts at no price, so it may hand on what is too much for it. */
+static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int overfill) {
+    i64 high = overfill ? s->time[g] : target;
     Candidate best[TRIES];
     int found = 0;
     for (int k = 0; k < KINDS; k++) {
@@ -245,11 +248,11 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first) {
                     num_foreign(s, r) < s->max_foreign &&
                     (h < 0 || s->time[r] < s->time[h]))
                     h = r;
-            if (h < 0 || s->time[h] >= target) break;
+            if (h < 0 || s->time[h] >= high) break;
             last = s->time[h] * s->P + h;
             for (i64 e = g * s->M; e < (g + 1) * s->M; e++) {
                 if (s->takes[e * s->P + h] || s->tokens[e * s->P + g] < s->min_tokens) continue;
-                i64 q = least(least(want, s->tokens[e * s->P + g]), room(s, e, h, target));
+                i64 q = least(least(want, s->tokens[e * s->P + g]), room(s, e, h, high));
                 if (q < s->min_tokens) continue;
                 Candidate new = {most(s->time[g] + extra - q * relief, target),
                                  least(s->own[e * s->P + h], q), s->time[h], e, h, q};
@@ -354,11 +357,12 @@ static void replicate(Search *s, i64 target, i64 times) {
 }
 
 /* Relieve the slowest rank until nothing does. */
-static void search(Search *s, i64 target, int far_first) {
+static void search(Search *s, i64 target, int far_first, int overfill) {
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
-        if (relieve_shared(s, g, target) || relieve_lending(s, g, target, far_first)) continue;
+        if (relieve_shared(s, g, target)) continue;
+        if (relieve_lending(s, g, target, far_first, overfill)) continue;
         if (over <= target / 200) break;
         target += over / 3;
     }
@@ -443,13 +447,14 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
         for (int from = 0; from < STARTS && s.shifts > 0; from++) {
             int replicated = from >= REPLICATED && from < WITHIN_TARGET;
             if (replicated && i > 0) continue; /* the same start again */
-            /* On one node the ways differ little. */
+            /* These are for several nodes, or for one, where the rest is soon found. */
             if (s.nodes == 1 && (from == FAR_FIRST || replicated)) continue;
             if (s.nodes == 1 && from == WITHIN_TARGET && i > 1) continue;
+            if (from == OVERFILL && (s.nodes > 1 || i > 2)) continue;
             restore(&s, found, from == BEST ? num_found : 0);
             if (replicated) replicate(&s, NO_LIMIT, 1 << (from - REPLICATED));
             if (from == WITHIN_TARGET) replicate(&s, target, 1);
-            search(&s, target, from == FAR_FIRST);
+            search(&s, target, from == FAR_FIRST, from == OVERFILL);
             if (s.time[slowest(&s)] >= best) continue;
             take_back(&s, s.time[slowest(&s)]);
             best = s.time[slowest(&s)], num_found = save(&s, found), in_vain = -1;
