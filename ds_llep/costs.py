@@ -56,7 +56,11 @@ DEFAULT = Costs(
 
 
 def rank_costs(
-    counts_PE: np.ndarray, tokens_EP: np.ndarray, costs: Costs, nodes_P: np.ndarray | None
+    counts_PE: np.ndarray,
+    tokens_EP: np.ndarray,
+    costs: Costs,
+    nodes_P: np.ndarray | None,
+    local: bool = True,
 ) -> np.ndarray:
     """What a plan costs each rank.
 
@@ -64,7 +68,8 @@ def rank_costs(
         counts_PE: int64, each rank's own tokens per expert.
         tokens_EP: int64, the plan: tokens of each expert that each rank computes.
         costs: the prices.
-        nodes_P: the node of each rank, and the local cut; None: one node, and the paper's cut.
+        nodes_P: the node of each rank; None: one node, and the paper's cut.
+        local: whether tokens are cut locally, where nodes are given, or as in the paper.
 
     Returns:
         int64 [P], picoseconds.
@@ -76,7 +81,7 @@ def rank_costs(
     index_J, rank_J = np.nonzero(tokens_EP[shared_X])
     tokens_J = tokens_EP[shared_X[index_J], rank_J]
     home_J = home_E[shared_X[index_J]]
-    sent_JP = cut(counts_PE.T[shared_X], index_J, rank_J, tokens_J, nodes_P)
+    sent_JP = cut(counts_PE.T[shared_X], index_J, rank_J, tokens_J, nodes_P if local else None)
 
     # Copies by source and computing rank.
     copies_PP = counts_PE.reshape(P, P, M).sum(2)

@@ -26,6 +26,8 @@ class Counts:
 
     tokens_RE: np.ndarray
     """``[R, E]``: a rank's tokens of each expert."""
+    alone_RE: np.ndarray
+    """``[R, E]``: those of them that have no other choice at the expert's home."""
     reached_RP: np.ndarray
     """``[R, P]``: a rank's tokens that have an expert at home on each rank of its EP group."""
     versions: list[int]
@@ -58,7 +60,7 @@ class Counting:
         version: int = 0,
     ) -> None:
         self._num_experts, self._group = num_experts, group
-        fields = [0] * (num_experts + num_ranks + _EXTRA_FIELDS)
+        fields = [0] * (2 * num_experts + num_ranks + _EXTRA_FIELDS)
         fields[-2:] = int(selected_TK is None), version
         report = torch.tensor(fields).to(device, non_blocking=True)
         if selected_TK is not None:
@@ -117,8 +119,8 @@ class Counting:
                 "the model has diverged (lower the learning rate, check the loss scale and the "
                 "data)."
             )
-        reached = reports[:, num_experts:-_EXTRA_FIELDS]
-        return Counts(reports[:, :num_experts], reached, versions.tolist()), others
+        fields = np.split(reports[:, :-_EXTRA_FIELDS], [num_experts, 2 * num_experts], axis=1)
+        return Counts(*fields, versions.tolist()), others
 
 
 def _global_ranks(flagged_R: np.ndarray, group: dist.ProcessGroup | None) -> list[int]:

@@ -189,9 +189,13 @@ class LLEPMoELayer(AutoEPMoELayer):
             if not planned:
                 runs = to_device(find_runs(plans[own], self.ep_rank), x_TD.device)
                 addresses = self._address(selected_TK, position_TK, runs)
-            reached_PP = exchange.by_group(counts.reached_RP)[own]
+            reached_PP, alone_PE = (
+                exchange.by_group(values_RX)[own]
+                for values_RX in (counts.reached_RP, counts.alone_RE)
+            )
             route, maps = make_route(
-                addresses, reached_PP, plans[own], self.ep_rank, self.ep_group, context.kernels
+                *(addresses, reached_PP, alone_PE, plans[own]),
+                *(self.ep_rank, self.ep_group, context.kernels),
             )
         return scores_TK, plans, route, maps
 

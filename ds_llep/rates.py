@@ -20,6 +20,7 @@ import deepspeed.comm as dist
 
 from ds_llep.config import SECTION, CostConfig, GivenRates
 from ds_llep.costs import Costs
+from ds_llep.kernels.planner_cost import library
 
 PICOSECONDS = 10**12
 UNITS = {
@@ -121,7 +122,8 @@ def find_rates(
 ) -> tuple[Rates, str]:
     """The rates that all ranks plan with, and where each is from. A collective over all processes.
 
-    What the config gives is not looked for in the file, and what is in the file is not measured.
+    The planner itself is compiled first: a node without a compiler is an error everywhere. What the
+    config gives is not looked for in the file, and what is in the file is not measured.
 
     Args:
         config: the ``"cost"`` section.
@@ -129,8 +131,10 @@ def find_rates(
             them. Keys that cannot be measured here may be missing from what it returns.
 
     Raises:
-        ValueError: on every rank, if the file cannot be read or written, or holds no rates.
+        ValueError: on every rank, if the file cannot be read or written, or holds no rates, or if
+            any rank cannot compile the planner.
     """
+    _on_every_rank(library)
     given = config.model_dump(include=set(UNITS), exclude_none=True)
     # Another node may have another file of this name, or none: rank 0's is everyone's.
     given, kept = _on_first_rank(lambda: (given, _load(config.file)))
@@ -187,3 +191,17 @@ def _on_first_rank(work: Callable[[], object]) -> object:
     if error is not None:
         raise ValueError(error)
     return result
+
+
+def _on_every_rank(work: Callable[[], object]) -> None:
+    """One rank's error becomes an error on every rank."""
+    errors: list = [None] * dist.get_world_size()
+    try:
+        work()
+        error = None
+    except Exception as raised:  # whatever it is, the others wait for an answer
+        error = str(raised)
+    dist.all_gather_object(errors, error)
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise ValueError(f"rank {rank}: {error}")

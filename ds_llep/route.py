@@ -4,8 +4,9 @@ A *copy* is a (token, choice) pair. A token travels to a rank once, as a *parcel
 its copies are computed there. How many parcels there are is known on the device only, after the
 plan; the host, which must size the all-to-all, would have to wait for it a second time. So it takes
 a bound that follows from the counts: a rank gets no more parcels from a source than the source has
-tokens, than copies go there, or than tokens with a home expert there plus copies of experts foreign
-there. Without spills that bound is exact; otherwise some parcels may travel empty.
+tokens, than copies go there, or than tokens with a home expert there, less those that no copy stays
+for, plus copies of experts foreign there. Without spills the bound is exact; otherwise some parcels
+may travel empty.
 
 Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``E`` experts, ``P`` ranks, ``J`` segments
 (see cut.py), ``S`` slots of all ranks.
@@ -104,6 +105,7 @@ class Addresses(NamedTuple):
 def make_route(
     addresses: Addresses,
     reached_PP: np.ndarray,
+    alone_PE: np.ndarray,
     plan: Plan,
     rank: int,
     group: dist.ProcessGroup | None,
@@ -114,13 +116,14 @@ def make_route(
     Args:
         addresses: of this rank's copies under the plan; used up.
         reached_PP: how many of a rank's tokens (first index) have an expert at home on a rank.
+        alone_PE: a rank's tokens of each expert that have no other choice at the expert's home.
         plan: the EP group's plan.
         rank: this rank in the EP group.
         group: the EP group.
         kernels: launchers that make the maps and move the rows.
     """
     own_TK, sent_TK, target_TK, parcels = addresses
-    send_splits, recv_splits = _splits(plan, reached_PP, rank, own_TK.shape[1])
+    send_splits, recv_splits = _splits(plan, reached_PP, alone_PE, rank, own_TK.shape[1])
     first_P = torch.from_numpy((np.cumsum(send_splits) - send_splits).astype(np.int32))
     kernels.place_parcels(sent_TK, parcels, first_P.to(own_TK.device, non_blocking=True))
     rows_per_slot = plan.tokens_EP[list(plan.slots(rank)), rank].tolist()
@@ -137,23 +140,30 @@ def make_route(
 
 
 def _splits(
-    plan: Plan, reached_PP: np.ndarray, rank: int, top_k: int
+    plan: Plan, reached_PP: np.ndarray, alone_PE: np.ndarray, rank: int, top_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most parcels that this rank may send to each rank, and receive from each.
 
-    Every rank finds the same number for each pair.
+    Every rank finds the same number for each pair. A copy is alone if its token has no other copy
+    of an expert at that home. Where home keeps fewer of a source's copies of an expert than are
+    alone, at least the difference of tokens have no copy left there, and for each expert these are
+    other tokens, as a token has one such copy at a home at most. A token that chooses an expert
+    twice has no copy of it alone: it counts as reached, wherever its copies go.
     """
     sent_P, received_P = reached_PP[rank].copy(), reached_PP[:, rank].copy()
     spilled = plan.spilled_experts
     if len(spilled):  # only these have copies elsewhere than at home
         send_EP, recv_PE = plan.send_EP(rank), plan.recv_PE(rank)
         home = spilled // plan.experts_per_rank
-        away_XP = send_EP[spilled]
-        away_XP[np.arange(len(spilled)), home] = 0
-        foreign_P = recv_PE[:, spilled[home != rank]].sum(axis=1)
+        more_XP = send_EP[spilled]  # foreign copies, or minus the tokens that none stays of
+        at_home = np.arange(len(spilled)), home
+        more_XP[at_home] = np.minimum(more_XP[at_home] - alone_PE[rank, spilled], 0)
+        more_PX = recv_PE[:, spilled]
+        here = home == rank
+        more_PX[:, here] = np.minimum(more_PX[:, here] - alone_PE[:, spilled[here]], 0)
         tokens_P = plan.counts_PE.sum(axis=1) // top_k
-        sent_P = np.minimum(sent_P + away_XP.sum(axis=0), tokens_P[rank])
-        received_P = np.minimum(received_P + foreign_P, tokens_P)
+        sent_P = np.minimum(sent_P + more_XP.sum(axis=0), tokens_P[rank])
+        received_P = np.minimum(received_P + more_PX.sum(axis=1), tokens_P)
         sent_P = np.minimum(sent_P, send_EP.sum(axis=0))
         received_P = np.minimum(received_P, recv_PE.sum(axis=1))
     sent_P[rank] = received_P[rank] = 0

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .combining import add, larger
+from .combining import add
 
 _TOKENS = 128  # of a block
 
@@ -27,32 +27,46 @@ def _count_kernel(
     P: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BINS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EXPERT_BINS: tl.constexpr,
+    RANK_BINS: tl.constexpr,
 ):
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rank = tl.arange(0, BLOCK_P)
-    counts = tl.full([BINS], 0, tl.int32)
-    reached = tl.full([BLOCK_T, BLOCK_P], 0, tl.int32)
-    odd = tl.full([BLOCK_T], 0, tl.int32)
-    for k in tl.static_range(K):
-        e = tl.load(selected_ptr + t * K + k, mask=t < T, other=0)
-        known = (e >= 0) & (e < E)
-        # Two bins more: copies of unknown experts, and what is no copy.
-        bins = tl.where(t < T, tl.where(known, e, E), E + 1).to(tl.int32)
-        counts += tl.histogram(bins, BINS)
-        home = tl.where(known & (t < T), e // (E // P), -1).to(tl.int32)
-        reached = larger(reached, (home[:, None] == rank[None, :]).to(tl.int32))
-        score = tl.load(scores_ptr + t * K + k, mask=t < T, other=0.0).to(tl.float32)
-        odd += ((score != score) | (score - score != 0.0)).to(tl.int32)
-    bin = tl.arange(0, BINS)
-    # Expert counts, then the unknown ones two fields behind the ranks.
-    field = tl.where(bin < E, bin, E + P)
-    tl.atomic_add(report_ptr + field, counts.to(tl.int64), mask=(bin <= E) & (counts > 0))
-    tokens = tl.reduce(reached, 0, add)
-    tl.atomic_add(report_ptr + E + rank, tokens.to(tl.int64), mask=rank < P)
-    odd_sum = tl.reduce(odd, 0, add)
-    tl.atomic_add(report_ptr + E + P + 1, odd_sum.to(tl.int64))
+    k = tl.arange(0, BLOCK_K)
+    copy = t[:, None] * K + k[None, :]
+    is_copy = (t < T)[:, None] & (k < K)[None, :]
+    selected = tl.load(selected_ptr + copy, mask=is_copy, other=0)
+    # Two experts more, at home on ranks that do not exist: all unknown ones, and what is no copy.
+    e = tl.where((selected >= 0) & (selected < E), selected, E)
+    e = tl.where(is_copy, e, E + 1).to(tl.int32)
+    home = e // (E // P)
+    # Its token's copies at the same home, and those that come before it. Copies are compared with
+    # each other, since homes may be more than choices.
+    there = tl.full([BLOCK_T, BLOCK_K], 0, tl.int32)
+    before = tl.full([BLOCK_T, BLOCK_K], 0, tl.int32)
+    for j in tl.static_range(K):
+        other = tl.load(selected_ptr + t * K + j, mask=t < T, other=0)
+        other = tl.where((other >= 0) & (other < E), other, E).to(tl.int32)
+        same = (home == (other // (E // P))[:, None]).to(tl.int32)
+        there += same
+        before += tl.where(k[None, :] > j, same, 0)
+    alone = tl.where(there == 1, e, E)
+    first = tl.where(before == 0, home, P)
+    # The order of copies does not matter: the compiler may choose it.
+    copies = tl.histogram(tl.reshape(e, [BLOCK_T * BLOCK_K], can_reorder=True), EXPERT_BINS)
+    alone = tl.histogram(tl.reshape(alone, [BLOCK_T * BLOCK_K], can_reorder=True), EXPERT_BINS)
+    reached = tl.histogram(tl.reshape(first, [BLOCK_T * BLOCK_K], can_reorder=True), RANK_BINS)
+    bin = tl.arange(0, EXPERT_BINS)
+    # Unknown experts' copies are counted behind the ranks.
+    field = report_ptr + tl.where(bin < E, bin, 2 * E + P)
+    tl.atomic_add(field, copies.to(tl.int64), mask=(bin <= E) & (copies > 0))
+    tl.atomic_add(report_ptr + E + bin, alone.to(tl.int64), mask=(bin < E) & (alone > 0))
+    rank = tl.arange(0, RANK_BINS)
+    tl.atomic_add(report_ptr + 2 * E + rank, reached.to(tl.int64), mask=rank < P)
+    score = tl.load(scores_ptr + copy, mask=is_copy, other=0.0).to(tl.float32)
+    odd = ((score != score) | (score - score != 0.0)).to(tl.int32)
+    odd = tl.reduce(tl.reduce(odd, 1, add), 0, add)
+    tl.atomic_add(report_ptr + 2 * E + P + 1, odd.to(tl.int64))
 
 
 def count_copies(
@@ -68,9 +82,10 @@ def count_copies(
         selected_TK: [T, K] int64 expert ids; a rank is home to E / P consecutive ones.
         scores_TK: [T, K], any float dtype.
         num_experts, num_ranks: E and P.
-        report: [>= E + P + 2] int64, changed in place, of which more fields may follow for the
-            caller's use: copies of each expert; tokens with an expert at home on each rank; copies
-            of experts outside [0, E); scores that are NaN or infinite.
+        report: [>= 2 E + P + 2] int64, changed in place, of which more fields may follow for the
+            caller's use: copies of each expert; how many of them are their token's only one at the
+            expert's home; tokens with an expert at home on each rank; copies of experts outside
+            [0, E); scores that are NaN or infinite.
     """
     if scores_TK.dtype == torch.float64:
         return reference.count_copies(selected_TK, scores_TK, num_experts, num_ranks, report)
@@ -78,7 +93,7 @@ def count_copies(
     if T:
         _count_kernel[(triton.cdiv(T, _TOKENS),)](
             *(selected_TK.contiguous(), scores_TK.contiguous(), report, T),
-            *(num_experts, num_ranks, K, _TOKENS, max(triton.next_power_of_2(num_ranks), 2)),
-            triton.next_power_of_2(num_experts + 2),
+            *(num_experts, num_ranks, K, _TOKENS, triton.next_power_of_2(K)),
+            *(triton.next_power_of_2(num_experts + 2), triton.next_power_of_2(num_ranks + 2)),
             num_warps=4,
         )

@@ -21,12 +21,12 @@ typedef int64_t i64;
 
 enum { INSIDE, BETWEEN, KINDS };
 enum { CANDIDATES = 2, TRIES = 3 }; /* helpers of each kind to choose from, shifts to try */
-enum { SHIFTS = 10000 };            /* of a whole search: some milliseconds */
+enum { SHIFTS = 5000 };             /* of a whole search: a millisecond or two */
 
-/* Where a search starts: all at home, and again with helpers on other nodes first; the best plan so
- * far; or experts replicated, where one, two or four times the transfer is spared or where it is
- * once, within the target; all at home, and helpers may be filled beyond the target. */
-enum { HOME, FAR_FIRST, BEST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, OVERFILL, STARTS };
+/* Where a search starts: all at home, and again with helpers on other nodes first; experts replicated
+ * where that spares one, two or four times the transfer, or once and within the target; all at
+ * home, and helpers may be filled beyond the target; the best plan so far. */
+enum { HOME, FAR_FIRST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, OVERFILL, BEST, STARTS };
 
 static const i64 NO_LIMIT = (i64)1 << 60;
 
@@ -110,10 +110,8 @@ static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
     s->shifts--;
     i64 home = e / s->M, *tokens = s->tokens + e * s->P;
     uint8_t *takes = s->takes + e * s->P;
-    int32_t nodes[] = {s->node[home], s->node[a], s->node[b]}; /* each of them once */
-    int count = 1;
-    for (int i = 1; i < 3; i++)
-        if (nodes[i] != nodes[0] && (count < 2 || nodes[i] != nodes[1])) nodes[count++] = nodes[i];
+    int32_t nodes[] = {s->node[a], s->node[b]};
+    int count = 1 + kind(s, a, b);
     if (s->nodes == 1)
         book_rank(s, e, a, -1), book_rank(s, e, b, -1);
     else
@@ -138,8 +136,9 @@ static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
             s->shared[i] = s->shared[--s->num_shared];
         }
     }
+    retime(s, home);
     if (s->nodes == 1)
-        retime(s, a), retime(s, b), retime(s, home);
+        retime(s, a), retime(s, b);
     else
         for (int i = 0; i < count; i++)
             for (int32_t r = s->first[nodes[i]]; r < s->first[nodes[i] + 1]; r++)
@@ -446,15 +445,16 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
     for (int i = 0, in_vain = 0; i < 8 && in_vain < 3; i++, in_vain++) {
         i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
         for (int from = 0; from < STARTS && s.shifts > 0; from++) {
-            /* On one node, where the best start is is soon seen. */
-            int replicated = from >= REPLICATED && from < OVERFILL;
-            if (s.nodes == 1 && (from == FAR_FIRST || replicated) &&
-                (from != WITHIN_TARGET || i > 1))
-                continue;
+            int replicated = from >= REPLICATED && from < WITHIN_TARGET;
+            if (replicated && i > 0) continue; /* the same start again */
+            /* On one node the ways differ little. */
+            if (s.nodes == 1 && (from == FAR_FIRST || replicated)) continue;
+            if (s.nodes == 1 && from == WITHIN_TARGET && i > 1) continue;
+            /* On many, the shifts are better spent on what carries less. */
+            if (s.nodes > 1 && from == OVERFILL) continue;
             restore(&s, found, from == BEST ? num_found : 0);
-            if (replicated)
-                replicate(&s, from == WITHIN_TARGET ? target : NO_LIMIT,
-                          from == WITHIN_TARGET ? 1 : 1 << (from - REPLICATED));
+            if (replicated) replicate(&s, NO_LIMIT, 1 << (from - REPLICATED));
+            if (from == WITHIN_TARGET) replicate(&s, target, 1);
             search(&s, target, from == FAR_FIRST, from == OVERFILL);
             if (s.time[slowest(&s)] >= best) continue;
             take_back(&s, s.time[slowest(&s)]);

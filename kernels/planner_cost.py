@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL:
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "planner_cost.so")
-        command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-o", path, _SOURCE]
+        command = [compiler, "-O3", "-std=c11", "-shared", "-fPIC", "-o", path, _SOURCE]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             loaded = ctypes.CDLL(str(path))
@@ -94,8 +94,10 @@ def plan_cost(
         raise ValueError(
             f"planner cost: prices {prices}; valid is 1 or more for a row, 0 or more for the rest"
         )
+    row, expert, *copies, weights_inside, weights_between = prices
     # No rank's time is above this; the search multiplies times by P and by percentages.
-    most = (int(counts_PE.sum()) + E * P) * sum(prices)
+    most = int(counts_PE.sum()) * (row + sum(copies))
+    most += 2 * E * (expert + weights_inside + weights_between)
     if most * max(P, 100) >= 1 << 62:
         raise ValueError(f"planner cost: prices {prices} are too high to be added up as 64-bit")
     limits = [

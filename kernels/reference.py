@@ -31,18 +31,25 @@ def count_copies(
         selected_TK: [T, K] int64 expert ids; a rank is home to E / P consecutive ones.
         scores_TK: [T, K], any float dtype.
         num_experts, num_ranks: E and P.
-        report: [>= E + P + 2] int64, changed in place, of which more fields may follow for the
-            caller's use: copies of each expert; tokens with an expert at home on each rank; copies
-            of experts outside [0, E); scores that are NaN or infinite.
+        report: [>= 2 E + P + 2] int64, changed in place, of which more fields may follow for the
+            caller's use: copies of each expert; how many of them are their token's only one at the
+            expert's home; tokens with an expert at home on each rank; copies of experts outside
+            [0, E); scores that are NaN or infinite.
     """
+    copies_E, alone_E, reached_P, odd = report.split_with_sizes(
+        [num_experts, num_experts, num_ranks, len(report) - 2 * num_experts - num_ranks]
+    )
     known_TK = (selected_TK >= 0) & (selected_TK < num_experts)
-    field_TK = torch.where(known_TK, selected_TK, num_experts + num_ranks)
-    report.scatter_add_(0, field_TK.reshape(-1), torch.ones_like(field_TK).reshape(-1))
+    expert_N = selected_TK.clamp(0, num_experts - 1).reshape(-1)
     home_TK = torch.where(known_TK, selected_TK // (num_experts // num_ranks), num_ranks)
-    reached = home_TK.new_zeros((len(home_TK), num_ranks + 1)).scatter_(1, home_TK, 1)
-    report[num_experts : num_experts + num_ranks] += reached[:, :num_ranks].sum(0)
-    finite = scores_TK.detach().isfinite().sum()
-    report[num_experts + num_ranks + 1] += scores_TK.numel() - finite
+    there_TP = home_TK.new_zeros((len(home_TK), num_ranks + 1))
+    there_TP.scatter_add_(1, home_TK, torch.ones_like(home_TK))
+    alone_TK = known_TK & (there_TP.gather(1, home_TK) == 1)
+    copies_E.scatter_add_(0, expert_N, known_TK.reshape(-1).long())
+    alone_E.scatter_add_(0, expert_N, alone_TK.reshape(-1).long())
+    reached_P += (there_TP[:, :num_ranks] > 0).sum(0)
+    odd[0] += known_TK.numel() - known_TK.sum()
+    odd[1] += scores_TK.numel() - scores_TK.detach().isfinite().sum()
 
 
 def address_copies(

@@ -15,7 +15,7 @@ from ds_llep import LLEPConfig, make_plan
 from ds_llep.bench.cost import autoep_cost, ep_plan, ideal_cost, layer_cost, spilled
 from ds_llep.bench.machine import BUILT_IN, H200, Machine, find, seconds
 from ds_llep.bench.micro_batches import from_workload
-from ds_llep.bench.parcels import at_home, distinct, most_parcels, traffic
+from ds_llep.bench.parcels import expected_parcels, traffic
 from ds_llep.bench.primitives import Kernels, Links
 from ds_llep.bench.shapes import PRESETS, Shape
 from ds_llep.plan import Plan
@@ -79,7 +79,7 @@ def test_nothing_is_lost(seed, per_node):
         if mode == "ep":
             rows_PP, nbytes = traffic(plan), 4 * row
         elif mode == "llep":
-            rows_PP, nbytes = most_parcels(plan, distinct(at_home(plan), K), K), 4 * row + 12 * K
+            rows_PP, nbytes = expected_parcels(plan, K), 4 * row + 12 * K
         else:
             tokens = counts_PE.sum(1, keepdims=True) / K
             rows_PP, nbytes = tokens * (1 - (1 - 1 / P) ** K) * np.ones(P), 4 * row + 12 * K
@@ -167,7 +167,7 @@ def test_all_to_alls_cost_their_time(seed, mode):
     machine = dataclasses.replace(H200, all_to_all_inside=((1.0, 1e3),), local_rate=1e-3)
     cost = costs(counts_PE, shape, machine)[mode]
     plan = make_plan(counts_PE, CONFIG)
-    parcels_PP = most_parcels(plan, distinct(at_home(plan), K), K)
+    parcels_PP = expected_parcels(plan, K)
     if mode == "ideal":
         tokens = counts_PE.sum() / P / K
         parcels_PP = np.where(np.eye(P, dtype=bool), 0, tokens * (1 - (1 - 1 / P) ** K))

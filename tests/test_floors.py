@@ -11,6 +11,7 @@ from ds_llep.bench import batch
 from ds_llep.bench.cost import ep_plan
 from ds_llep.bench.floors import BestRates, of_parts
 from ds_llep.bench.shapes import Shape
+from ds_llep.kernels.reference import count_copies
 
 SHAPE = Shape(num_experts=4, hidden_size=16, ffn_size=8, top_k=2, tokens=6)
 ROW, PARCEL = 32, 32 + 16  # bytes in bf16; a score and a target of each choice
@@ -21,7 +22,7 @@ IDS = [
     np.array([[0, 1], [2, 0]]),
 ]
 COUNTS_PE = np.stack([np.bincount(ids.ravel(), minlength=4) for ids in IDS])
-REACHED_PP = np.array([[4, 5], [2, 1]])
+REACHED = np.array([[4, 5], [2, 1]]), np.array([[2, 1, 1, 2], [1, 0, 1, 0]])
 SENT, ARRIVED, OWN, ROWS, TOKENS = 5, 2, 5, 8, 6  # of rank 0; its own rows and all of them
 
 
@@ -31,7 +32,7 @@ def best(dense=1e30, memory=1e30, link=1e30) -> BestRates:
 
 def floors(rates: BestRates, plan=None, layers=1, rank=0) -> dict[str, float]:
     plan = plan or ep_plan(COUNTS_PE)
-    args = [plan] * layers, [REACHED_PP] * layers, SHAPE, rank, torch.bfloat16
+    args = [plan] * layers, [REACHED] * layers, SHAPE, rank, torch.bfloat16
     return of_parts(rates, *args)
 
 
@@ -94,8 +95,11 @@ def test_tokens_that_reach_a_rank(monkeypatch, seed):
     for rank in (4, 5):
         monkeypatch.setattr(batch.dist, "get_rank", lambda rank=rank: rank)
         own = batch.Batch("zipf:1", shape, 2, seed, torch.empty(0))
-        reached.append(own.reached_PP(step=1, layer=2))
-        home_TK = own.ids(1, 2) // 4
-        expected = [int((home_TK == p).any(dim=1).sum()) for p in range(2)]
-        assert reached[-1][rank - 4].tolist() == expected
-    np.testing.assert_array_equal(*reached)
+        reached.append(own.reached(step=1, layer=2))
+        report = torch.zeros(2 * 8 + 2 + 2, dtype=torch.int64)
+        count_copies(own.ids(1, 2), torch.zeros(50, 3), 8, 2, report)
+        reached_PP, alone_PE = reached[-1]
+        assert [*alone_PE[rank - 4], *reached_PP[rank - 4]] == report[8:-2].tolist()
+        assert alone_PE.any()
+    for one, other in zip(*reached, strict=True):
+        np.testing.assert_array_equal(one, other)

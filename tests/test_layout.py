@@ -30,7 +30,7 @@ ROOMS = {
     "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),
     "activation": (KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
     "ranks": (set(), {"numpy", "torch", "deepspeed.comm"}),
-    "rates": ({"config", "costs"}, {"deepspeed.comm"}),
+    "rates": ({"config", "costs", "kernels.planner_cost"}, {"deepspeed.comm"}),
     "probe": (
         {"config", "ranks", "rates"} | KERNELS,
         {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"},

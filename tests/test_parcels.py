@@ -8,10 +8,18 @@ import torch
 from plans import plan_for_nodes
 
 from ds_llep import LLEPConfig, make_plan
-from ds_llep.bench.parcels import at_home, distinct, fewest_parcels, most_parcels, traffic
+from ds_llep.bench.parcels import (
+    alone,
+    at_home,
+    distinct,
+    expected_parcels,
+    fewest_parcels,
+    most_parcels,
+    traffic,
+)
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
-from ds_llep.route import Addresses, find_runs, make_route, sort_copies
+from ds_llep.route import Addresses, Route, RouteMaps, find_runs, make_route, sort_copies
 
 CPU = select_kernels("torch", torch.device("cpu"))
 NONE, SOME, LOCAL = (
@@ -29,18 +37,32 @@ def routed(seed: int) -> tuple[list[np.ndarray], int, int]:
     return [rng.choice(P * M, (T, K), p=popularity_E) for T in sizes], P * M, K
 
 
-def counted(ids: list[np.ndarray], num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts ``[P, E]`` and, of each rank, its tokens with an expert at home on each rank."""
-    P, M = len(ids), num_experts // len(ids)
-    counts_PE = np.stack([np.bincount(i.ravel(), minlength=num_experts) for i in ids])
-    reached_PP = np.stack([[(i // M == p).any(1).sum() for p in range(P)] for i in ids])
-    return counts_PE, reached_PP
+def counted(ids: list[np.ndarray], num_experts: int) -> tuple[np.ndarray, ...]:
+    """What ranks count: copies ``[P, E]``, tokens that reach a home ``[P, P]``, and copies that are
+    their token's only one at home ``[P, E]``."""
+    E, P = num_experts, len(ids)
+    reports = torch.zeros((P, 2 * E + P + 2), dtype=torch.int64)
+    for own_ids, report in zip(ids, reports, strict=True):
+        CPU.count_copies(torch.from_numpy(own_ids), torch.zeros(own_ids.shape), E, P, report)
+    counts_PE, alone_PE, reached_PP, _ = (x.numpy() for x in reports.split([E, E, P, 2], dim=1))
+    return counts_PE, reached_PP, alone_PE
+
+
+def routes_of(ids, plan: Plan, reached_PP, alone_PE) -> list[tuple[Route, RouteMaps]]:
+    """Of each rank."""
+    made = []
+    for rank, own_ids in enumerate(ids):
+        selected_TK = torch.from_numpy(own_ids)
+        runs = torch.from_numpy(find_runs(plan, rank))
+        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), runs, rank)
+        made.append(make_route(Addresses(*found), reached_PP, alone_PE, plan, rank, None, CPU))
+    return made
 
 
 @pytest.mark.parametrize("config", [NONE, SOME, LOCAL], ids=["none", "some", "local"])
 def test_traffic_is_what_the_plan_sends(seed, config):
     ids, E, _ = routed(seed)
-    counts_PE, _ = counted(ids, E)
+    counts_PE, *_ = counted(ids, E)
     plan = plan_for_nodes(counts_PE, config, ranks_per_node=2)
     sent_PP = np.stack([plan.send_EP(source).sum(0) for source in range(plan.num_ranks)])
     np.testing.assert_array_equal(traffic(plan), sent_PP)
@@ -52,15 +74,11 @@ def test_traffic_is_what_the_plan_sends(seed, config):
 def test_as_in_routes(seed, config):
     """What travels is what routes say; of these parcels no fewer are used than the lower bound."""
     ids, E, K = routed(seed)
-    counts_PE, reached_PP = counted(ids, E)
+    counts_PE, *reached = counted(ids, E)
     plan = plan_for_nodes(counts_PE, config, ranks_per_node=2)
-    most_PP, fewest_PP = (bound(plan, reached_PP, K) for bound in (most_parcels, fewest_parcels))
-    used_PP = np.zeros_like(reached_PP)
-    for rank, own_ids in enumerate(ids):
-        selected_TK = torch.from_numpy(own_ids)
-        runs = torch.from_numpy(find_runs(plan, rank))
-        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), runs, rank)
-        route, maps = make_route(Addresses(*found), reached_PP, plan, rank, None, CPU)
+    most_PP, fewest_PP = most_parcels(plan, *reached, K), fewest_parcels(plan, reached[0], K)
+    used_PP = np.zeros_like(reached[0])
+    for rank, (route, maps) in enumerate(routes_of(ids, plan, *reached)):
         assert route.send_splits == most_PP[rank].tolist()
         assert route.recv_splits == most_PP[:, rank].tolist()
         places = np.sort(maps.sent_TK[maps.sent_TK >= 0].numpy())
@@ -76,10 +94,49 @@ def test_bounds_by_hand():
     """Four tokens of rank 0 choose expert 1 twice; it keeps four of these eight copies."""
     counts_PE, tokens_EP = np.array([[0, 8], [0, 8]]), np.array([[0, 0], [4, 12]])
     plan = Plan(counts_PE, tokens_EP, bypassed=False)
-    reached_PP = np.array([[0, 4], [0, 4]])
+    reached_PP, none_alone_PE = np.array([[0, 4], [0, 4]]), np.zeros((2, 2), dtype=int)
     np.testing.assert_array_equal(traffic(plan), [[4, 4], [0, 8]])
-    np.testing.assert_array_equal(most_parcels(plan, reached_PP, 2), [[0, 4], [0, 0]])
+    np.testing.assert_array_equal(
+        most_parcels(plan, reached_PP, none_alone_PE, 2), [[0, 4], [0, 0]]
+    )
     np.testing.assert_array_equal(fewest_parcels(plan, reached_PP, 2), [[0, 2], [0, 0]])
+
+
+def test_tokens_that_stay_by_hand():
+    """Of rank 0's five copies of expert 3, rank 1 keeps one. Three are their tokens' only ones at
+    home, so two tokens need not travel, as many as can have a copy left there do."""
+    ids = [np.array([[3, 4, 5]] * 2 + [[3, 0, 1]] * 3), np.array([[3, 4, 5]])]
+    counts_PE, *reached = counted(ids, 6)
+    tokens_EP = np.zeros((6, 2), dtype=int)
+    tokens_EP[:3, 0], tokens_EP[3:, 1] = counts_PE[:, :3].sum(0), counts_PE[:, 3:].sum(0)
+    tokens_EP[3] = 4, 2
+    plan = Plan(counts_PE, tokens_EP, bypassed=False, nodes_P=np.zeros(2, dtype=int))
+    np.testing.assert_array_equal(plan.send_EP(0)[3], [4, 1])
+    np.testing.assert_array_equal(most_parcels(plan, *reached, 3), [[0, 3], [0, 0]])
+    (first, _), (second, _) = routes_of(ids, plan, *reached)
+    assert first.send_splits == [0, 3] and second.recv_splits == [3, 0]
+    assert first.recv_splits == second.send_splits == [0, 0]
+
+
+def test_a_spill_that_keeps_tokens_where_they_are_sends_fewer(seed):
+    """One expert is hot: the busiest rank's all-to-all is smaller than without a spill."""
+    rng = np.random.default_rng(seed)
+    P, E, K, T, hot = 8, 64, 6, 500, int(rng.integers(64))
+    others = [rng.permuted(np.tile(np.arange(E - 1), (T, 1)), axis=1)[:, : K - 1] for _ in range(P)]
+    ids = [np.insert(x + (x >= hot), rng.integers(K), hot, axis=1) for x in others]
+    counts_PE, *reached = counted(ids, E)
+    busiest = []
+    for config in (NONE, LOCAL):
+        plan = plan_for_nodes(counts_PE, config, ranks_per_node=P)
+        assert bool(plan.spills) == (config is LOCAL)
+        routes = [route for route, _ in routes_of(ids, plan, *reached)]
+        sent_PP, received_PP = (
+            np.array([getattr(route, name) for route in routes])
+            for name in ("send_splits", "recv_splits")
+        )
+        np.testing.assert_array_equal(sent_PP.T, received_PP)
+        busiest.append(max(sent_PP.sum(1).max(), received_PP.sum(1).max()))
+    assert busiest[1] < 0.9 * busiest[0]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 8])
@@ -104,8 +161,21 @@ def test_distinct_at_the_ends():
 def test_estimate_is_no_more_than_there_are(seed):
     """Never more than tokens or copies, so that without spills it is what travels."""
     ids, E, K = routed(seed)
-    counts_PE, _ = counted(ids, E)
+    counts_PE, *_ = counted(ids, E)
     plan = make_plan(counts_PE, NONE)
     expected_PP = distinct(at_home(plan), K)
     np.fill_diagonal(expected_PP, 0)
-    np.testing.assert_allclose(most_parcels(plan, distinct(at_home(plan), K), K), expected_PP)
+    np.testing.assert_allclose(expected_parcels(plan, K), expected_PP)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_alone_of_independent_choices(seed, top_k):
+    rng = np.random.default_rng(seed)
+    share_E, tokens = rng.dirichlet(np.ones(6)), [50_000, 20_000]
+    ids = [rng.choice(6, (T, top_k), p=share_E) for T in tokens]
+    counts_PE, _, true_PE = counted(ids, 6)
+    found_PE = alone(make_plan(counts_PE, NONE), top_k)
+    # Six standard deviations of the number itself.
+    np.testing.assert_allclose(found_PE, true_PE, rtol=0, atol=6 * np.sqrt(max(tokens) / 4))
+    if top_k == 1:
+        np.testing.assert_allclose(found_PE, counts_PE)

@@ -31,7 +31,8 @@ def test_dispatch_and_combine_gradients(top_k, seed):
     plan = make_plan(counts, PLAN_ALWAYS)
     runs = torch.from_numpy(find_runs(plan, 0))
     addresses = CPU.address_copies(selected, sort_copies(selected), runs, 0)
-    route, maps = make_route(Addresses(*addresses), np.full((1, 1), 5), plan, 0, None, CPU)
+    reached_PP, alone_PE = np.full((1, 1), 5), counts * (top_k == 1)
+    route, maps = make_route(Addresses(*addresses), reached_PP, alone_PE, plan, 0, None, CPU)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     scores = torch.rand(5, top_k, dtype=torch.float64, requires_grad=True)
 

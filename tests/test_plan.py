@@ -594,10 +594,23 @@ def test_unknown_planner():
         make_plan([[1, 2]], config_of(planner="best"))
 
 
-def test_benchmark_prints_a_row_per_size_and_workload(capsys):
-    from ds_llep.bench.plan import SIZES, WORKLOADS, main
+def test_benchmark_prints_a_row_for_each_planner(capsys):
+    from ds_llep.bench.plan import main
 
-    main(["--repeats", "1", "--rows", "4096"])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    sizes = [(int(row[0]), int(row[1])) for row in rows if row and row[0].isdigit()]
-    assert sizes == [size for size in SIZES for _ in WORKLOADS]
+    workloads = ["balanced", "95:1"]
+    options = ["--tokens", "512", "--repeats", "1", "--ranks-per-node", "2", "--layers", "2"]
+    main([*options, "--ranks", "2", "4", "--workloads", *workloads])
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    points = [(ranks, w, p) for ranks in "24" for w in workloads for p in ("ep", "lla", "cost")]
+    assert [tuple(row[:3]) for row in rows] == points
+    names = "plan split time ratio spills foreign weights sent far".split()
+    values = [dict(zip(names, map(float, row[3:]), strict=True)) for row in rows]
+    found = dict(zip(points, values, strict=True))
+    for (ranks, workload, planner), line in found.items():
+        without = found[ranks, workload, "ep"]
+        assert line["plan"] > 0 and (line["time"] <= without["time"] or planner == "lla")
+        assert (line["spills"] > 0) == (line["foreign"] > 0) == (line["weights"] > 0)
+        assert line["far"] <= line["sent"] and (line["far"] == 0 or ranks == "4")
+    hot, without = found["4", "95:1", "cost"], found["4", "95:1", "ep"]
+    assert hot["ratio"] < without["ratio"] and hot["sent"] < without["sent"]

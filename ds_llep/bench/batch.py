@@ -50,17 +50,22 @@ class Batch:
         first = self._sources()[0]
         return self._workload.counts_PE(self._ep_size, self._draw(step, layer, first))
 
-    def reached_PP(self, step: int, layer: int) -> np.ndarray:
+    def reached(self, step: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 ``[P, P]``: a rank's tokens that have an expert at home on each rank of its group.
 
-        It draws the tokens of all these ranks.
+        And int64 ``[P, E]``: a rank's copies of each expert that are their token's only one at the
+        expert's home. It draws the tokens of all these ranks.
         """
-        P, M = self._ep_size, self._shape.num_experts // self._ep_size
-        homes = [
-            self._workload.expert_ids(self._draw(step, layer, source)) // M
-            for source in self._sources()
-        ]
-        return np.array([[(home_TK == p).any(1).sum() for p in range(P)] for home_TK in homes])
+        P, E = self._ep_size, self._shape.num_experts
+        reached_PP, alone_PE = np.zeros((P, P), dtype=np.int64), np.zeros((P, E), dtype=np.int64)
+        for p, source in enumerate(self._sources()):
+            ids_TK = self._workload.expert_ids(self._draw(step, layer, source))
+            home_TK = ids_TK // (E // P)
+            there_TP = np.stack([(home_TK == home).sum(1) for home in range(P)], axis=1)
+            reached_PP[p] = (there_TP > 0).sum(0)
+            is_alone_TK = np.take_along_axis(there_TP, home_TK, axis=1) == 1
+            alone_PE[p] = np.bincount(ids_TK[is_alone_TK], minlength=E)
+        return reached_PP, alone_PE
 
     def _draw_ids(self, step: int, layer: int) -> torch.Tensor:
         return torch.from_numpy(self._workload.expert_ids(self._draw(step, layer, dist.get_rank())))

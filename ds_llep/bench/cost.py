@@ -19,7 +19,7 @@ import numpy as np
 
 from ds_llep.bench import stages
 from ds_llep.bench.machine import DTYPES, Machine
-from ds_llep.bench.parcels import at_home, distinct, most_parcels, traffic
+from ds_llep.bench.parcels import distinct, expected_parcels, traffic
 from ds_llep.bench.primitives import Kernels, Links
 from ds_llep.bench.shapes import Shape
 from ds_llep.plan import Plan
@@ -105,7 +105,7 @@ def layer_cost(
         foreign=kernels.products(foreign_GP, foreign_GP > 0),
         foreign_rows_P=foreign_GP.sum(0),
         rows_PP=traffic(plan),
-        parcels_PP=most_parcels(plan, distinct(at_home(plan), shape.top_k), shape.top_k),
+        parcels_PP=expected_parcels(plan, shape.top_k),
         fetched_PP=lent_PP if fetched_PP is None else fetched_PP,
         fetched_again_PP=0 * lent_PP if fetched_again_PP is None else fetched_again_PP,
         returned_PP=lent_PP,

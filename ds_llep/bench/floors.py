@@ -57,7 +57,7 @@ def best_rates(name: str | None, device: torch.device) -> BestRates:
 def of_parts(
     best: BestRates,
     plans: Sequence[Plan],
-    reached: Sequence[np.ndarray],
+    reached: Sequence[tuple[np.ndarray, np.ndarray]],
     shape: Shape,
     rank: int,
     dtype: torch.dtype,
@@ -67,15 +67,14 @@ def of_parts(
     Args:
         best: the machine's rates.
         plans: of the layers of one step.
-        reached: for each of them int ``[P, P]``: a rank's tokens (first index) that have an expert
-            at home on a rank.
+        reached: for each of them what :meth:`~ds_llep.bench.batch.Batch.reached` returns.
         shape: the layers'.
         rank: in the EP group.
         dtype: of the rows.
     """
     total: dict[str, float] = {}
-    for plan, reached_PP in zip(plans, reached, strict=True):
-        for name, value in _of_layer(best, plan, reached_PP, shape, rank, dtype).items():
+    for plan, of_layer in zip(plans, reached, strict=True):
+        for name, value in _of_layer(best, plan, *of_layer, shape, rank, dtype).items():
             *outer, _ = name.split("/")
             for key in (name, *outer):
                 total[key] = total.get(key, 0.0) + 1e3 * value
@@ -86,6 +85,7 @@ def _of_layer(
     best: BestRates,
     plan: Plan,
     reached_PP: np.ndarray,
+    alone_PE: np.ndarray,
     shape: Shape,
     rank: int,
     dtype: torch.dtype,
@@ -94,7 +94,7 @@ def _of_layer(
     row_bytes, top_k = shape.hidden_size * dtype.itemsize, shape.top_k
     tokens = int(plan.counts_PE[rank].sum()) // top_k
     rows, own = int(plan.rank_load_P[rank]), int(traffic(plan)[rank, rank])
-    most_PP = most_parcels(plan, reached_PP, top_k)
+    most_PP = most_parcels(plan, reached_PP, alone_PE, top_k)
     sent, arrived = most_PP[rank].sum(), most_PP[:, rank].sum()
     used = fewest_parcels(plan, reached_PP, top_k)[rank].sum()  # of the parcels that are sent
 

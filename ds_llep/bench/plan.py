@@ -1,21 +1,32 @@
-"""What planning costs on this CPU, and what the plan buys: `python -m ds_llep.bench.plan`.
+"""What planning costs on this CPU, and what the plans buy: `python -m ds_llep.bench.plan`.
 
-Times are medians for one layer and one micro-batch on one rank. Every rank plans before it can
-send a token, so the milliseconds printed here are added to every MoE layer's forward.
+One line for each number of ranks, workload and planner, medians over layers. Milliseconds to plan
+are the host's, on one rank; every rank plans before it can send a token, so they are added to every
+MoE layer's forward, but for planner "lla" where a GPU plans. The slowest rank's time is that of the
+cost model that planner "cost" minimises (ds_llep/costs.py), with an H200's rates: a prediction, and
+the same yardstick for all planners. Copies and weights are counted.
 """
 
 import argparse
-import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ds_llep.bench.workloads import Draw, parse
-from ds_llep.plan import Plan, make_plan
+from ds_llep.bench import output
+from ds_llep.bench.cost import ep_plan
+from ds_llep.bench.machine import H200
+from ds_llep.bench.micro_batches import from_workload
+from ds_llep.bench.records import read_section
+from ds_llep.bench.shapes import PRESETS, Shape, preset
+from ds_llep.bench.step import System, costs_of, plan_layer
+from ds_llep.costs import rank_costs
+from ds_llep.plan import Plan
 
-SIZES = ((64, 8), (128, 8), (256, 32), (256, 64))
-WORKLOADS = ("balanced", "zipf:1", "95:1")
+COLUMNS = ["ranks", "workload", "planner", "plan ms", "send+recv ms", "slowest rank ms"]
+COLUMNS += ["load ratio", "spills", "most foreign", "weights MB", "copies sent k", "between nodes"]
 
 
 def check(plan: Plan) -> None:
@@ -27,7 +38,7 @@ def check(plan: Plan) -> None:
     assert (sent_PEP.sum(0) == plan.tokens_EP).all(), "a computing rank misses tokens"
 
 
-def median_ms(function, repeats: int) -> float:
+def median_ms(function: Callable[[], object], repeats: int) -> float:
     function()
     times = []
     for _ in range(repeats):
@@ -37,45 +48,75 @@ def median_ms(function, repeats: int) -> float:
     return statistics.median(times) * 1e3
 
 
-def split(plan: Plan) -> None:
-    plan.send_EP(0)
-    plan.recv_PE(0)
+def measure(
+    counts_PE: np.ndarray, shape: Shape, section: dict | None, system: System, repeats: int
+) -> list[float]:
+    """A line's numbers of one layer; no section stands for standard expert parallelism."""
+    P = len(counts_PE)
+    nodes_P = np.arange(P) // system.ranks_per_node
+    config = read_section("{}" if section is None else section)
+
+    def make() -> Plan:
+        return ep_plan(counts_PE) if section is None else plan_layer(*layer)
+
+    def split() -> None:
+        fresh = make()
+        fresh.send_EP(0), fresh.recv_PE(0)
+
+    layer = counts_PE, shape, config, system
+    plan = make()
+    check(plan)
+    plan_ms = median_ms(make, repeats)
+    sent_PP = np.stack([plan.send_EP(rank).sum(0) for rank in range(P)])
+    np.fill_diagonal(sent_PP, 0)
+    local = plan.nodes_P is not None
+    time_P = rank_costs(counts_PE, plan.tokens_EP, costs_of(*layer), nodes_P, local)
+    return [
+        *(plan_ms, max(0.0, median_ms(split, repeats) - plan_ms), time_P.max() / 1e9),
+        *(plan.load_ratio_after, len(plan.spills)),
+        max(len(plan.foreign_experts(rank)) for rank in range(P)),
+        len(plan.spills) * shape.expert_numel * 2 / 1e6,
+        *(sent_PP.sum() / 1e3, sent_PP[nodes_P[:, None] != nodes_P].sum() / 1e3),
+    ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    from ds_llep.config import LLEPConfig
+def lines(args: argparse.Namespace) -> list[list[str]]:
+    """The table's."""
+    system = System(H200, args.ranks_per_node, H200.dtype)
+    planners: dict[str, str | None] = {"ep": None}
+    planners |= {name: f'{{"planner": "{name}", {args.limits}}}' for name in args.planners}
+    found = []
+    for num_ranks in args.ranks:
+        for workload in args.workloads:
+            shape = replace(preset(args.shape), tokens=args.tokens)
+            layers = from_workload(workload, shape, num_ranks, args.layers, 0, args.seed)
+            for name, section in planners.items():
+                values = [measure(*layer, section, system, args.repeats) for layer in layers]
+                medians = np.median(values, axis=0)
+                formats = ("{:.3f}", "{:.3f}", "{:.2f}", "{:.2f}", *["{:.0f}"] * 5)
+                cells = [f.format(value) for f, value in zip(formats, medians, strict=True)]
+                found.append([str(num_ranks), workload, name, *cells])
+    return found
 
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ds_llep.bench.plan", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=200, help="timed calls (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the routing (default: 0)")
-    parser.add_argument(
-        "--rows", type=int, default=32768, help="token copies per rank, T * K (default: 32768)"
-    )
+    add = parser.add_argument
+    add("--shape", default="qwen3-30b-a3b", choices=PRESETS, help="(default: qwen3-30b-a3b)")
+    add("--ranks", type=int, nargs="+", default=[8, 32], metavar="P", help="(default: 8 32)")
+    add("--ranks-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    names = ["balanced", "zipf:1", "95:1", "real:gsm_english"]
+    add("--workloads", nargs="+", default=names, help=f"(default: {' '.join(names)})")
+    add("--tokens", type=int, default=8192, metavar="T", help="of a rank (default: 8192)")
+    add("--layers", type=int, default=1, help="of which medians are taken (default: 1)")
+    add("--planners", nargs="+", default=["lla", "cost"], help="(default: lla cost)")
+    add("--limits", default='"imbalance_threshold": 1.0', metavar="JSON", help="of both planners")
+    add("--repeats", type=int, default=50, help="timed calls (default: 50)")
+    add("--seed", type=int, default=0, help="of the routing (default: 0)")
     args = parser.parse_args(argv)
-    if args.repeats < 1 or args.rows < 0:
-        parser.error("valid is --repeats >= 1 and --rows >= 0")
-    config = LLEPConfig(enabled=True)
-
-    print(
-        f"{'E':>4} {'P':>3}  {'workload':<9} {'make_plan ms':>12} {'send+recv ms':>12} "
-        f"{'ratio before':>12} {'after':>6} {'spills':>6}"
-    )
-    for E, P in SIZES:
-        for workload in WORKLOADS:
-            # One expert a token: then it is the rows alone that count.
-            draw = Draw(E, 1, args.rows, source=0, layer=0, step=0, seed=args.seed)
-            counts_PE = parse(workload).counts_PE(P, draw)
-            plan = make_plan(counts_PE, config)
-            check(plan)
-            plan_ms = median_ms(lambda c=counts_PE: make_plan(c, config), args.repeats)
-            # Each keeps what it cut.
-            fresh = iter([dataclasses.replace(plan) for _ in range(args.repeats + 1)])
-            split_ms = median_ms(lambda f=fresh: split(next(f)), args.repeats)
-            print(
-                f"{E:>4} {P:>3}  {workload:<9} {plan_ms:>12.3f} {split_ms:>12.3f} "
-                f"{plan.load_ratio_before:>12.2f} {plan.load_ratio_after:>6.2f} "
-                f"{len(plan.spills):>6}"
-            )
+    if min(args.repeats, args.layers, args.tokens, args.ranks_per_node, *args.ranks) < 1:
+        parser.error("valid is 1 or more for repeats, tokens, layers, ranks and ranks per node")
+    output.table(f"plans of a layer of {args.shape}, seed {args.seed}", COLUMNS, lines(args))
 
 
 if __name__ == "__main__":

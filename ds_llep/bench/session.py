@@ -205,7 +205,7 @@ class Session:
         }
         layers, shape = self.settings.layers, self.settings.shape
         plans = self._plans(workload)[:layers]  # those of one step
-        reached = [self.batches[workload].reached_PP(WARM_UPS, layer) for layer in range(layers)]
+        reached = [self.batches[workload].reached(WARM_UPS, layer) for layer in range(layers)]
         ep_rank = dist.get_rank() % self.ep_size
         floor = floors.of_parts(self.best, plans, reached, shape, ep_rank, self.dtype)
         everyone: list = [None] * self.world

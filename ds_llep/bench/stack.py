@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import deepspeed
 import deepspeed.comm as dist
@@ -27,6 +28,9 @@ from ds_llep.experts import LLEPGroupedExperts
 from ds_llep.fetch import Exchange
 from ds_llep.layer import LLEPMoELayer
 from ds_llep.monitor import Statistics
+from ds_llep.probe import measure_rates
+from ds_llep.ranks import RankTable
+from ds_llep.rates import find_rates
 
 CLASSES = {"ep": (AutoEPMoELayer, GroupedExperts), "llep": (LLEPMoELayer, LLEPGroupedExperts)}
 
@@ -99,7 +103,16 @@ def shard(stack: Stack, section: dict, config: LLEPConfig) -> Statistics:
         layer.set_deepspeed_parallelism()
         layer.to(get_accelerator().current_device_name())
     named = {f"layer {index}": layer for index, layer in enumerate(stack.layers)}
-    return adopt(named, config, Exchange.of_home_ranks(ep_group, cache=config.weight_cache))
+    if config.planner != "cost":
+        return adopt(named, config, Exchange.of_home_ranks(ep_group, cache=config.weight_cache))
+    edp_group = groups._get_expert_data_parallel_group(f"ep_size_{ep_size}")
+    table = RankTable.gather(ep_group, edp_group, config.cost.ranks_per_node)
+    dtype = next(stack.parameters()).dtype
+    rates, _ = find_rates(
+        config.cost, partial(measure_rates, table, ep_group, config.kernels, dtype)
+    )
+    exchange = Exchange(table.alone(), ep_group, sharded=False, cache=config.weight_cache)
+    return adopt(named, config, exchange, rates=rates)
 
 
 def make_engine(

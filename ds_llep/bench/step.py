@@ -15,8 +15,10 @@ import numpy as np
 from ds_llep.bench.cost import Bytes, LayerCost, autoep_cost, ideal_cost, layer_cost
 from ds_llep.bench.machine import DTYPES, Machine
 from ds_llep.bench.shapes import Shape
-from ds_llep.config import LLEPConfig
+from ds_llep.config import CostConfig, LLEPConfig
+from ds_llep.costs import Costs
 from ds_llep.plan import Plan, make_plan
+from ds_llep.rates import H200, Rates
 from ds_llep.workspace import Directory
 
 MODES = ("ep", "llep", "ideal")
@@ -85,10 +87,7 @@ def step_cost(
         costs = [autoep_cost(counts_PE, shape, machine, **where) for counts_PE, shape in layers]
         return _total(costs)
     shapes, element_size = [shape for _, shape in layers], DTYPES[system.dtype]
-    plans = [
-        make_plan(counts_PE, config.with_room(shape.expert_numel * element_size)[0])
-        for counts_PE, shape in layers
-    ]
+    plans = [plan_layer(counts_PE, shape, config, system) for counts_PE, shape in layers]
     fetched, fetched_again = fetches(plans, shapes, config, element_size)
     costs = [
         layer_cost(plan, shape, machine, fetched_PP=first_PP, fetched_again_PP=again_PP, **where)
@@ -97,6 +96,43 @@ def step_cost(
         )
     ]
     return _total(costs, plans)
+
+
+def plan_layer(counts_PE: np.ndarray, shape: Shape, config: LLEPConfig, system: System) -> Plan:
+    """The plan of one layer; planner "cost" has its prices from the machine and the config.
+
+    Raises:
+        ValueError: as :func:`step_cost`.
+    """
+    room, _ = config.with_room(shape.expert_numel * DTYPES[system.dtype])
+    if config.planner != "cost":
+        return make_plan(counts_PE, room)
+    nodes_P = np.arange(len(counts_PE)) // system.ranks_per_node
+    return make_plan(counts_PE, room, costs_of(counts_PE, shape, config, system), nodes_P)
+
+
+def costs_of(counts_PE: np.ndarray, shape: Shape, config: LLEPConfig, system: System) -> Costs:
+    """The prices that planner "cost" would plan one layer with; arguments as for planning."""
+    return rates_of(system.machine, config.cost).costs(
+        *(shape.hidden_size, shape.ffn_size, shape.top_k, len(counts_PE)),
+        DTYPES[system.dtype],
+        fetches=1 if config.backward_weights == "keep" else 2,
+    )
+
+
+def rates_of(machine: Machine, given: CostConfig) -> Rates:
+    """What planner "cost" would plan with on a machine.
+
+    What is not given is the machine's, at its best: products, and the largest all-to-all. It says
+    nothing of foreign experts and of what is hidden, which are as on an H200.
+    """
+    known = {
+        **H200.in_units(),
+        "tflops": max(rate for _, rate in machine.grouped_rate) / 1e12,
+        "inside_gbytes": machine.all_to_all_inside[-1][1] / 1e9,
+        "between_gbytes": machine.all_to_all_between[-1][1] / 1e9,
+    }
+    return Rates.of({**known, **given.model_dump(include=set(known), exclude_none=True)})
 
 
 def fetches(

@@ -98,7 +98,7 @@ def main() -> None:
 
     def launch_all(T: int, K: int, E: int, P: int, D: int, N: int) -> None:
         ids, scores = empty(T, K, dtype=torch.int64), empty(T, K, dtype=torch.float32)
-        counts.count_copies(ids, scores, E, P, empty(E + P + 4, dtype=torch.int64))
+        counts.count_copies(ids, scores, E, P, empty(2 * E + P + 4, dtype=torch.int64))
         plan = empty(P, E, dtype=torch.int64), empty(E, P, dtype=torch.int64)
         runs = routes.find_runs(*plan, 0)
         _, sent, target, parcels = routes.address_copies(ids, empty(T, K), runs, 0)

@@ -22,8 +22,10 @@ def expected_counts(selected_TK, scores_TK, E: int, P: int) -> list[int]:
     ids, finite = selected_TK.cpu().numpy(), scores_TK.double().isfinite()
     known = (ids >= 0) & (ids < E)
     home = np.where(known, ids // (E // P), -1)
+    alone = known & ((home[:, :, None] == home[:, None, :]).sum(2) == 1)
     return [
         *np.bincount(ids[known], minlength=E).tolist(),
+        *np.bincount(ids[alone], minlength=E).tolist(),
         *((home == p).any(1).sum().item() for p in range(P)),
         (~known).sum().item(),
         (~finite).sum().item(),
@@ -32,7 +34,7 @@ def expected_counts(selected_TK, scores_TK, E: int, P: int) -> list[int]:
 
 def check(kernels, draw, selected_TK, scores_TK, E: int, P: int) -> list[int]:
     """Asserts that counts are added to what is there, and to nothing else; returns them."""
-    before = draw.index(E + P + 5, high=1000) - 500
+    before = draw.index(2 * E + P + 5, high=1000) - 500
     report = before.clone()
     assert kernels.count_copies(selected_TK, scores_TK, E, P, report) is None
     found = (report - before).tolist()
@@ -46,7 +48,8 @@ def check(kernels, draw, selected_TK, scores_TK, E: int, P: int) -> list[int]:
 def test_counts(size, dtype, draw, kernels):
     T, K, E, P = size
     counts = check(kernels, draw, draw.index(T, K, high=E), draw.normal(T, K, dtype=dtype), E, P)
-    assert sum(counts[:E]) == T * K and counts[E + P :] == [0] * 5
+    assert sum(counts[:E]) == T * K and counts[2 * E + P :] == [0] * 5
+    assert sum(counts[E : 2 * E]) <= sum(counts[2 * E : -5])  # one alone at most for each home
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -78,4 +81,5 @@ def test_any_layout(dtype, draw, kernels):
 def test_tokens_choose_an_expert_twice(draw, kernels):
     selected_TK = draw.index(130, 1, high=4).expand(130, 3)
     counts = check(kernels, draw, selected_TK, draw.normal(130, 3), 4, 2)
-    assert sum(counts[:4]) == 3 * 130 and sum(counts[4:6]) == 130
+    assert sum(counts[:4]) == 3 * 130 and sum(counts[8:10]) == 130
+    assert not any(counts[4:8])  # no copy is its token's only one

@@ -131,10 +131,18 @@ def expected_maps(goes_TK2: np.ndarray, rank: int, first_P: np.ndarray):
     return (own_TK, sent_TK, target_TK), reached_P
 
 
-def reached_of(ids, plan: Plan) -> np.ndarray:
-    """`[P, P]`: tokens of a rank that have an expert at home on a rank."""
-    M, P = plan.experts_per_rank, plan.num_ranks
-    return np.array([[(i // M == p).any(1).sum() for p in range(P)] for i in ids])
+def reached_of(ids, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """`[P, P]`: tokens of a rank that have an expert at home on a rank; `[P, E]`: those of an
+    expert that have no other choice at its home."""
+    M, P, E = plan.experts_per_rank, plan.num_ranks, plan.num_experts
+    reached_PP = np.array([[(i // M == p).any(1).sum() for p in range(P)] for i in ids])
+    alone_PE = np.zeros((P, E), dtype=int)
+    for s, i in enumerate(ids):
+        for chosen in i.tolist():
+            homes = [e // M for e in chosen]
+            for e in chosen:
+                alone_PE[s, e] += homes.count(e // M) == 1
+    return reached_PP, alone_PE
 
 
 def address(ids, plan: Plan, rank: int, kernels) -> Addresses:
@@ -152,13 +160,13 @@ def address(ids, plan: Plan, rank: int, kernels) -> Addresses:
 
 def route_of(ids, plan: Plan, rank: int, kernels, group=None):
     """A rank's route and maps."""
-    addresses, reached_PP = address(ids, plan, rank, kernels), reached_of(ids, plan)
-    return make_route(addresses, reached_PP, plan, rank, group, kernels)
+    addresses = address(ids, plan, rank, kernels)
+    return make_route(addresses, *reached_of(ids, plan), plan, rank, group, kernels)
 
 
 def check_splits(ids, plan: Plan, made, goes) -> None:
     """They meet, they suffice, and they are what route.py says of them."""
-    M, reached_PP = plan.experts_per_rank, reached_of(ids, plan)
+    M, (reached_PP, alone_PE) = plan.experts_per_rank, reached_of(ids, plan)
     for s, (route, _) in enumerate(made):
         assert route.send_splits[s] == route.recv_splits[s] == 0
         assert route.send_splits == [other.recv_splits[s] for other, _ in made]
@@ -168,7 +176,11 @@ def check_splits(ids, plan: Plan, made, goes) -> None:
             here_TK = goes[s][..., 0] == p
             parcels, copies = here_TK.any(1).sum(), here_TK.sum()
             foreign = (here_TK & (ids[s] // M != p)).sum()
-            bound = min(copies, len(ids[s]), reached_PP[s, p] + foreign)
+            stay = reached_PP[s, p]
+            for e in range(p * M, (p + 1) * M):
+                kept = (here_TK & (ids[s] == e)).sum()
+                stay -= max(alone_PE[s, e] - kept, 0)
+            bound = min(copies, len(ids[s]), stay + foreign)
             assert route.send_splits[p] == (bound if plan.spills else parcels)
             assert parcels <= route.send_splits[p]
         rows_per_slot = [plan.tokens_EP[e, s] for e in plan.slots(s)]
