@@ -23,10 +23,10 @@ enum { INSIDE, BETWEEN, KINDS };
 enum { CANDIDATES = 2, TRIES = 3 }; /* helpers of each kind to choose from, shifts to try */
 enum { SHIFTS = 5000 };             /* of a whole search: a millisecond or two */
 
-/* Where a search starts: all at home, and again with helpers on other nodes first, or filled beyond
- * the target; experts replicated where that spares one, two or four times the transfer, or once and
- * within the target; the best plan so far. */
-enum { HOME, FAR_FIRST, OVERFILL, REPLICATED, WITHIN_TARGET = REPLICATED + 3, BEST, STARTS };
+/* Where a search starts: all at home, and again with helpers on other nodes first; experts replicated
+ * where that spares one, two or four times the transfer, or once and within the target; all at
+ * home, and helpers may be filled beyond the target; the best plan so far. */
+enum { HOME, FAR_FIRST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, OVERFILL, BEST, STARTS };
 
 static const i64 NO_LIMIT = (i64)1 << 60;
 
@@ -450,7 +450,8 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
             /* These are for several nodes, or for one, where the rest is soon found. */
             if (s.nodes == 1 && (from == FAR_FIRST || replicated)) continue;
             if (s.nodes == 1 && from == WITHIN_TARGET && i > 1) continue;
-            if (from == OVERFILL && (s.nodes > 1 || i > 2)) continue;
+            /* On many, the shifts are better spent on what carries less. */
+            if (s.nodes > 1 && from == OVERFILL) continue;
             restore(&s, found, from == BEST ? num_found : 0);
             if (replicated) replicate(&s, NO_LIMIT, 1 << (from - REPLICATED));
             if (from == WITHIN_TARGET) replicate(&s, target, 1);

@@ -15,9 +15,11 @@ CHEAP_SPILLS = Costs(
 """For planner "cost": even few rows are worth a spill."""
 
 
-def for_all(*strategies):
+def for_all(*strategies, examples=100):
     """`given`, but a busy machine is no failure."""
-    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    patient = settings(
+        max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     return lambda test: patient(given(*strategies)(test))
 
 
