@@ -71,6 +71,14 @@ class LayerContext:
         )
         self._prepared_for = like.dtype, like.device
 
+    def make_plans(self, counts_by_group: Sequence) -> list[Plan]:
+        """The plan of each EP group that the exchange knows, from its counts, arrays ``[P, E]``."""
+        nodes = self.exchange.table.nodes
+        return [
+            make_plan(counts_PE, self.planning, self.costs, nodes_P)
+            for counts_PE, nodes_P in zip(counts_by_group, nodes, strict=True)
+        ]
+
 
 class LLEPMoELayer(AutoEPMoELayer):
     """AutoEP's MoE layer with dispatch, expert compute and combine planned by LLEP.
@@ -178,13 +186,7 @@ class LLEPMoELayer(AutoEPMoELayer):
             if planned:
                 plans = [plan_from_tokens(counts.tokens_RE, *planned, context.planning)]
             else:
-                counts_by_group = exchange.by_group(counts.tokens_RE)
-                plans = [
-                    make_plan(counts_PE, context.planning, context.costs, nodes_P)
-                    for counts_PE, nodes_P in zip(
-                        counts_by_group, exchange.table.nodes, strict=True
-                    )
-                ]
+                plans = context.make_plans(exchange.by_group(counts.tokens_RE))
         with part("route"):
             if not planned:
                 runs = to_device(find_runs(plans[own], self.ep_rank), x_TD.device)

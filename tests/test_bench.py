@@ -100,6 +100,17 @@ def test_session(pools, seed):
         assert all(other == first for other in others), key
 
 
+def test_planner_cost(pools, seed):
+    """What is recorded of a plan is what the layers plan, with measured rates or given ones."""
+    given = {"tflops": 1e-3, "inside_gbytes": 1e3, "expert_us": 1e-3, "exposed": 0.0}
+    llep = LLEPConfig(enabled=True, planner="cost", cost=given)
+    answers = pools(2).run(run_session, workloads=["50:2"], ep_size=2, llep=llep, seed=seed)
+    for records in answers:
+        hot = records[-1]
+        assert hot["mode"] == "llep" and hot["errors"] is not None
+        assert hot["load_ratio_before"] > 1.2 > 1.1 > hot["load_ratio_after"]
+
+
 def test_optimizer_step(pools, seed):
     changes = {"parts": ["step"], "modes": ["ep", "llep"], "zero_stage": 2, "seed": seed}
     for records in pools(2).run(run_session, **changes):

@@ -27,7 +27,7 @@ from ds_llep.bench.stack import (
     variants,
     widened,
 )
-from ds_llep.plan import Plan, make_plan
+from ds_llep.plan import Plan
 from ds_llep.shards import weights_changed
 from ds_llep.timeline import Timeline
 from ds_llep.workspace import Workspace
@@ -79,9 +79,10 @@ class Session:
         """
         bare = self._stack()
         shard(bare, self.section, self.settings.llep)
-        context, experts = bare.layers[0].llep, bare.layers[0].experts
-        context.prepare((experts.w1, experts.w2, experts.w3), experts.w1)
-        self.planning = context.planning
+        layer = bare.layers[0]
+        weights = layer.experts.w1, layer.experts.w2, layer.experts.w3
+        layer.llep.prepare(weights, weights[0], layer.top_k, layer.ep_size)
+        self.make_plans = layer.llep.make_plans
         for workload in self.batches:
             # As large as this workload needs it, whatever was measured before.
             with mock.patch.object(fetch, "WORKSPACE", Workspace()):
@@ -245,4 +246,4 @@ class Session:
         batch, settings = self.batches[workload], self.settings
         steps = range(WARM_UPS, WARM_UPS + settings.repeats)
         counts = [batch.counts_PE(s, layer) for s in steps for layer in range(settings.layers)]
-        return [make_plan(counts_PE, self.planning) for counts_PE in counts]
+        return [self.make_plans([counts_PE])[0] for counts_PE in counts]

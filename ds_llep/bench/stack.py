@@ -111,7 +111,9 @@ def shard(stack: Stack, section: dict, config: LLEPConfig) -> Statistics:
     rates, _ = find_rates(
         config.cost, partial(measure_rates, table, ep_group, config.kernels, dtype)
     )
-    exchange = Exchange(table.alone(), ep_group, sharded=False, cache=config.weight_cache)
+    exchange = Exchange(
+        table.alone(), ep_group, sharded=False, always_ready=True, cache=config.weight_cache
+    )
     return adopt(named, config, exchange, rates=rates)
 
 
