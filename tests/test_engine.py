@@ -5,7 +5,6 @@ The budget is AutoEP's own error against the fp64 reference: twice that, plus 1e
 
 from __future__ import annotations
 
-from functools import partial
 from unittest import mock
 
 import deepspeed
@@ -16,11 +15,9 @@ import pytest
 import torch
 import workloads
 from families import build
-from plans import plan_for_nodes
 from transformers.modeling_outputs import CausalLMOutput
 
 import ds_llep
-from ds_llep import layer as layer_room
 from ds_llep import make_plan
 from ds_llep.rates import Rates
 
@@ -91,24 +88,6 @@ def test_gradients(pools, world, ep_size, stage, dtype, checkpointing, workload,
         assert on["ep_size"] * on["edp_size"] == pool.world_size
         if workload != "balanced":
             assert sum(on["foreign_experts"]) > 0, "nothing was spilled: the test tests nothing"
-
-
-def gradients_over_nodes(*case) -> dict:
-    planner = partial(plan_for_nodes, ranks_per_node=2)
-    with mock.patch.object(layer_room, "make_plan", planner):
-        return gradients(*case, {"planner": "cost"})
-
-
-@pytest.mark.parametrize(
-    "stage, ep_size, dtype, checkpointing",
-    [(1, 4, "fp32", "reentrant"), (3, 2, "bf16", "none")],
-)
-def test_local_cut(pools, stage, ep_size, dtype, checkpointing, seed):
-    """A rank computes its own tokens first, then those of its node."""
-    case = stage, ep_size, dtype, checkpointing, "hot_rank", seed
-    for rank, result in enumerate(pools(4).run(gradients_over_nodes, *case)):
-        assert not result["over"], f"rank {rank}, seed {seed}: {result['over']}"
-        assert sum(result["statuses"][1]["foreign_experts"]) > 0
 
 
 RATES = {
