@@ -217,10 +217,9 @@ def make_plan(counts_PE, config, costs: Costs | None = None, nodes_P=None) -> Pl
     bypassed = _bypasses(home_load, config)
     if config.planner == "cost":
         if not bypassed:
-            at_home_EP, tokens_EP = (
-                tokens_EP,
-                plan_cost(counts_PE, config, costs or DEFAULT, nodes_P),
-            )
+            at_home_EP = tokens_EP
+            prices = costs or DEFAULT
+            tokens_EP = plan_cost(counts_PE, load_E, home_load, config, prices, nodes_P)
             bypassed = np.array_equal(tokens_EP, at_home_EP)
     else:
         nodes_P = None

@@ -92,7 +92,14 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
     return moved, sum(capped_P)
 
 
-def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray) -> np.ndarray:
+def plan_cost(
+    counts_PE: np.ndarray,
+    load_E: np.ndarray,
+    home_load_P: list[int],
+    config,
+    costs: Costs,
+    nodes_P: np.ndarray,
+) -> np.ndarray:
     """The plan whose slowest rank is the fastest, as far as a local search finds it.
 
     Its cost by `rank_costs` is not above that of standard expert parallelism, nor above that of
@@ -102,6 +109,7 @@ def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray) 
 
     Args:
         counts_PE: int64 [P, E], each rank's own tokens per expert.
+        load_E, home_load_P: their sums by expert, and by home rank.
         config: its three limits.
         costs: prices.
         nodes_P: int64 [P], the node of each rank.
@@ -109,8 +117,6 @@ def plan_cost(counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray) 
     Returns:
         int64 [E, P], tokens of each expert that each rank computes.
     """
-    load_E = counts_PE.sum(0)
-    home_load_P = load_E.reshape(len(counts_PE), -1).sum(1).tolist()
     max_rows = None
     if config.capacity_factor is not None:
         max_rows = int(config.capacity_factor * (sum(home_load_P) // len(home_load_P)))

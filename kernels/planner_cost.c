@@ -38,7 +38,7 @@ typedef struct {
     i64 P, E, M, nodes, min_tokens, max_foreign, max_rows, shifts;
     const int32_t *node; /* [P] */
     int32_t *member;     /* [P] the ranks by node */
-    int32_t *first;      /* [P + 1] of each node among these */
+    int32_t *first;      /* [P + 2] of each node among these; the last is for counting */
     Costs costs;
     i64 *own;     /* [E, P] tokens of each expert on each source rank */
     i64 *of_node; /* [E, P] the same by node */
@@ -395,7 +395,8 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
     }
     i64 *next = memory;
     s.own = next, next += E * P, s.of_node = next, next += E * P, s.tokens = next, next += E * P;
-    s.load = next, next += E, s.by_load = next, next += E, s.rows = next, next += P, s.time = next, next += P;
+    s.load = next, next += E, s.by_load = next, next += E;
+    s.rows = next, next += P, s.time = next, next += P;
     for (int k = 0; k < KINDS; k++) {
         s.in[k] = next, next += P, s.out[k] = next, next += P;
         s.lent[k] = next, next += P, s.borrowed[k] = next, next += P;
@@ -427,7 +428,7 @@ int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i
     qsort(s.by_load, E, sizeof(i64), descending);
     for (i64 e = 0; e < E; e++) s.by_load[e] = E - 1 - s.by_load[e] % E;
     for (i64 e = 0; e < E; e++)
-        for (int32_t n = 0; n < P; n++)
+        for (int32_t n = 0; n < s.nodes; n++)
             if (s.of_node[e * P + n] || n == node_P[e / s.M]) book(&s, e, n, 1);
     i64 mean = 0;
     for (i64 r = 0; r < P; r++) retime(&s, r), mean += s.time[r] / P;

@@ -30,7 +30,7 @@ from ds_llep.layer import LLEPMoELayer
 from ds_llep.monitor import Statistics
 from ds_llep.probe import measure_rates
 from ds_llep.ranks import RankTable
-from ds_llep.rates import find_rates
+from ds_llep.rates import H200, find_rates
 
 CLASSES = {"ep": (AutoEPMoELayer, GroupedExperts), "llep": (LLEPMoELayer, LLEPGroupedExperts)}
 
@@ -103,16 +103,15 @@ def shard(stack: Stack, section: dict, config: LLEPConfig) -> Statistics:
         layer.set_deepspeed_parallelism()
         layer.to(get_accelerator().current_device_name())
     named = {f"layer {index}": layer for index, layer in enumerate(stack.layers)}
-    if config.planner != "cost":
-        return adopt(named, config, Exchange.of_home_ranks(ep_group, cache=config.weight_cache))
-    edp_group = groups._get_expert_data_parallel_group(f"ep_size_{ep_size}")
-    table = RankTable.gather(ep_group, edp_group, config.cost.ranks_per_node)
-    dtype = next(stack.parameters()).dtype
-    rates, _ = find_rates(
-        config.cost, partial(measure_rates, table, ep_group, config.kernels, dtype)
-    )
+    table, rates = RankTable.of_group(ep_group), H200
+    if config.planner == "cost":
+        edp_group = groups._get_expert_data_parallel_group(f"ep_size_{ep_size}")
+        table = RankTable.gather(ep_group, edp_group, config.cost.ranks_per_node)
+        settings = config.kernels, next(stack.parameters()).dtype
+        rates, _ = find_rates(config.cost, partial(measure_rates, table, ep_group, *settings))
+        table = table.alone()
     exchange = Exchange(
-        table.alone(), ep_group, sharded=False, always_ready=True, cache=config.weight_cache
+        table, ep_group, sharded=False, always_ready=True, cache=config.weight_cache
     )
     return adopt(named, config, exchange, rates=rates)
 
