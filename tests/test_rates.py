@@ -28,7 +28,7 @@ RATES = st.builds(
     st.integers(1, 8192),
     st.integers(1, 4096),
     st.integers(1, 10),
-    st.integers(1, 256),
+    st.integers(2, 256),
     st.sampled_from([2, 4]),
     st.sampled_from([1, 2]),
 )
