@@ -23,6 +23,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups, logger
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ds_llep import gpt_oss
+from ds_llep.biased import has_bias
 from ds_llep.compat import (
     check_compatible,
     install_hint,
@@ -31,7 +33,7 @@ from ds_llep.compat import (
     version_problems,
 )
 from ds_llep.config import SECTION, LLEPConfig
-from ds_llep.experts import LLEPGroupedExperts
+from ds_llep.experts import LLEPBiasedExperts, LLEPGroupedExperts
 from ds_llep.fetch import Exchange
 from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
@@ -78,6 +80,7 @@ def register() -> None:
             f"ds_llep does not work with deepspeed {deepspeed.__version__}: {'; '.join(problems)}. "
             f"{install_hint('deepspeed')}"
         )
+    gpt_oss.register()
     original = DeepSpeedEngine._configure_expert_parallel
     if hasattr(original, _MARK):
         return
@@ -227,7 +230,8 @@ def adopt(
     statistics = Statistics(config.monitor, len(layers), engine, recorder)
     for index, (name, layer) in enumerate(layers.items()):
         layer.__class__ = LLEPMoELayer
-        layer.experts.__class__ = LLEPGroupedExperts
+        balanced = LLEPBiasedExperts if has_bias(layer.experts) else LLEPGroupedExperts
+        layer.experts.__class__ = balanced
         layer.llep = LayerContext(config, name, index, statistics, exchange, rates)
     return statistics
 

@@ -21,8 +21,8 @@ and the score's gradient needs no output to be kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from deepspeed.moe.ep_experts import GroupedExperts
@@ -31,6 +31,7 @@ from ds_llep.activation import Activation
 from ds_llep.dispatch import DispatchBackward
 from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.kernels.select import KernelSet
+from ds_llep.mlp import GatedMLPs
 from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
 from ds_llep.timeline import part
@@ -38,6 +39,8 @@ from ds_llep.timeline import part
 
 class LLEPGroupedExperts(GroupedExperts):
     """AutoEP's grouped experts, same parameters, that also compute foreign experts."""
+
+    has_bias = False
 
     def forward(
         self,
@@ -68,7 +71,19 @@ class LLEPGroupedExperts(GroupedExperts):
             home_rows, foreign_rows = _weighed(home_rows, foreign_rows, scores_N)
             scores_N = None
         inputs = home_rows, foreign_rows, scores_N, arrived_UK
-        return _ExpertMLP.apply(*inputs, self.w1, self.w2, self.w3, job, activation)
+        mlps = partial(
+            GatedMLPs.of,
+            activation=activation,
+            hidden_size=home_rows.shape[1],
+            has_bias=self.has_bias,
+        )
+        return _ExpertMLP.apply(*inputs, self.w1, self.w2, self.w3, job, mlps)
+
+
+class LLEPBiasedExperts(LLEPGroupedExperts):
+    """The same for experts whose matrices have biases (`ds_llep.biased`)."""
+
+    has_bias = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,23 +113,19 @@ class ExpertJob:
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, home_rows, foreign_rows, scores_N, arrived_UK, w1, w2, w3, job, activation):
+    def forward(ctx, home_rows, foreign_rows, scores_N, arrived_UK, w1, w2, w3, job, mlps):
         scores_home, scores_foreign = _split(scores_N, len(home_rows))
         with _no_autocast(home_rows):
-            home = _in_dtype_of(home_rows, w1, w2, w3)
+            home = mlps(_in_dtype_of(home_rows, w1, w2, w3), job.home_counts)
             with part("fetch"):
                 job.foreign.start()
             with part("home experts"):
-                out_home, *hidden_home = _mlp_forward(
-                    home_rows, scores_home, home, job.home_counts, activation
-                )
+                out_home, *hidden_home = home.forward(home_rows, scores_home)
             with part("wait for foreign"):
                 bundles = job.foreign.wait()
-            foreign = job.foreign.layout.views(bundles)
+            foreign = mlps(job.foreign.layout.views(bundles), job.foreign_counts)
             with part("foreign experts"):
-                out_foreign, *hidden_foreign = _mlp_forward(
-                    foreign_rows, scores_foreign, foreign, job.foreign_counts, activation
-                )
+                out_foreign, *hidden_foreign = foreign.forward(foreign_rows, scores_foreign)
         # The same number of tensors on every rank: activation checkpointing counts them.
         ctx.save_for_backward(
             *(home_rows, foreign_rows, scores_N, arrived_UK),
@@ -123,7 +134,7 @@ class _ExpertMLP(torch.autograd.Function):
             *hidden_foreign,
             bundles.clone() if job.keep_foreign else None,
         )
-        ctx.settings = job, activation
+        ctx.settings = job, mlps
         return out_home, out_foreign
 
     @staticmethod
@@ -134,33 +145,22 @@ class _ExpertMLP(torch.autograd.Function):
         hidden_home, hidden_foreign = hidden[:2], hidden[2:]
         del saved, hidden
         scores_home, scores_foreign = _split(scores_N, len(home_rows))
-        job, activation = ctx.settings
-        home_counts, foreign_counts = job.home_counts, job.foreign_counts
+        job, mlps = ctx.settings
         need_rows, need_weights = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[4:7]
         need = (need_rows, any(need_weights))
         with _no_autocast(home_rows):
-            home = _in_dtype_of(home_rows, w1, w2, w3)
+            home = mlps(_in_dtype_of(home_rows, w1, w2, w3), job.home_counts)
             if bundles is None:
                 with part("fetch backward"):
                     job.foreign.start()
             with part("home experts backward"):
-                home_step = _hidden_backward(
-                    home_grad, hidden_home, scores_home, home, home_counts, activation, *need
-                )
+                home_step = home.backward(home_grad, hidden_home, scores_home, *need)
             if bundles is None:
                 with part("wait for foreign backward"):
                     bundles = job.foreign.wait()
-            foreign = job.foreign.layout.views(bundles)
+            foreign = mlps(job.foreign.layout.views(bundles), job.foreign_counts)
             with part("foreign experts backward"):
-                foreign_step = _hidden_backward(
-                    foreign_grad,
-                    hidden_foreign,
-                    scores_foreign,
-                    foreign,
-                    foreign_counts,
-                    activation,
-                    *need,
-                )
+                foreign_step = foreign.backward(foreign_grad, hidden_foreign, scores_foreign, *need)
             grads = home_step.grad_rows, foreign_step.grad_rows, None
             if scores_N is not None:
                 grad_scores = torch.cat((home_step.grad_scores, foreign_step.grad_scores))
@@ -171,15 +171,13 @@ class _ExpertMLP(torch.autograd.Function):
             if not any(need_weights):
                 return *grads, *[None] * 6
             with part("foreign experts backward"):
-                foreign_gradients = _weight_gradients(
-                    foreign_step, foreign_rows, foreign_counts, job.kernels
-                )
+                foreign_gradients = foreign.weight_gradients(foreign_step, foreign_rows)
                 del foreign_step  # its gate and up gradients are used up
             homecoming = GradientReturn(job.exchange, job.plan)
             with part("gradient return"):
                 homecoming.start(foreign_gradients)
             with part("home experts backward"):
-                gradients = _weight_gradients(home_step, home_rows, home_counts, job.kernels)
+                gradients = home.weight_gradients(home_step, home_rows)
             with part("gradient return"):
                 homecoming.finish(gradients)
         grad_weights = [
@@ -187,69 +185,6 @@ class _ExpertMLP(torch.autograd.Function):
             for gradient, weight, needed in zip(gradients, (w1, w2, w3), need_weights, strict=True)
         ]
         return *grads, None, *grad_weights, None, None
-
-
-@dataclass
-class _HiddenBackward:
-    """Gradients behind the hidden layer; those of w1 and w3 follow from the first two."""
-
-    grad_gate: torch.Tensor | None
-    grad_up: torch.Tensor
-    grad_w2: torch.Tensor | None
-    grad_rows: torch.Tensor | None
-    grad_scores: torch.Tensor | None
-
-
-def _mlp_forward(
-    rows_ND: torch.Tensor,
-    scores_N: torch.Tensor | None,
-    weights: Sequence[torch.Tensor],
-    counts: Sequence[int],
-    activation: Activation,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``w2(act(w1 x, w3 x) * score)`` for each group of rows: output, gate and up."""
-    (w1, w2, w3), kernels = weights, activation.kernels
-    gate_NF, up_NF = kernels.gate_up(rows_ND, w1, w3, counts)
-    act_NF = activation.forward(gate_NF, up_NF, scores_N)
-    return kernels.product(act_NF, w2, counts), gate_NF, up_NF
-
-
-def _hidden_backward(
-    grad_ND: torch.Tensor,
-    hidden: list[torch.Tensor],
-    scores_N: torch.Tensor | None,
-    weights: Sequence[torch.Tensor],
-    counts: Sequence[int],
-    activation: Activation,
-    need_rows: bool,
-    need_weights: bool,
-) -> _HiddenBackward:
-    """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up)."""
-    (w1, w2, w3), kernels = weights, activation.kernels
-    gate_NF, up_NF = hidden
-    hidden.clear()
-    grad_ND = grad_ND.contiguous()
-    grad_act = kernels.product(grad_ND, w2, counts, transpose=False)
-    grad_gate, grad_up, act_NF, grad_scores = activation.backward(
-        grad_act, gate_NF, up_NF, scores_N
-    )
-    del grad_act, gate_NF, up_NF
-    grad_w2 = kernels.gradient_of_weights(grad_ND, act_NF, counts) if need_weights else None
-    del act_NF
-    grad_rows = None
-    if need_rows:
-        grad_rows = kernels.gradient_of_rows(grad_gate, w1, grad_up, w3, counts)
-    return _HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows, grad_scores)
-
-
-def _weight_gradients(
-    step: _HiddenBackward, rows_ND: torch.Tensor, counts: Sequence[int], kernels: KernelSet
-) -> list[torch.Tensor]:
-    """Gradients of w1, w2, w3, each ``[G, ., .]``; gives back the gate's gradient in between."""
-    grad_w1 = kernels.gradient_of_weights(step.grad_gate, rows_ND, counts)
-    step.grad_gate = None
-    grad_w3 = kernels.gradient_of_weights(step.grad_up, rows_ND, counts)
-    return [grad_w1, step.grad_w2, grad_w3]
 
 
 def _in_dtype_of(rows: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:

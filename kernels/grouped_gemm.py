@@ -98,7 +98,10 @@ def gradient_of_rows(
 
 
 def grouped_gemm_weight_gradient(
-    grad_NF: torch.Tensor, rows_ND: torch.Tensor, counts: Sequence[int]
+    grad_NF: torch.Tensor,
+    rows_ND: torch.Tensor,
+    counts: Sequence[int],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of :func:`grouped_gemm` with respect to its weights.
 
@@ -106,17 +109,19 @@ def grouped_gemm_weight_gradient(
         grad_NF: ``[N, F]``, gradient of the output.
         rows_ND: ``[N, D]``, the input rows.
         counts: rows of each group.
+        out: ``[G, F, D]`` to write to; its group stride may be anything. None: new memory.
 
     Returns:
         ``[G, F, D]``; zero for groups without rows.
     """
     shape = (len(counts), grad_NF.shape[1], rows_ND.shape[1])
     if rows_ND.shape[0] == 0:
-        return rows_ND.new_zeros(shape)
+        return rows_ND.new_zeros(shape) if out is None else out.zero_()
     if is_one_kernel(rows_ND, grad_NF):
-        out = torch._grouped_mm(grad_NF.t(), rows_ND, offs=_offsets(counts, rows_ND.device))
+        made = torch._grouped_mm(grad_NF.t(), rows_ND, offs=_offsets(counts, rows_ND.device))
+        out = made if out is None else out.copy_(made)
     else:
-        out = rows_ND.new_empty(shape)
+        out = rows_ND.new_empty(shape) if out is None else out
         for group, (start, stop) in _spans(counts):
             torch.mm(grad_NF[start:stop].t(), rows_ND[start:stop], out=out[group])
     empty = [group for group, count in enumerate(counts) if count == 0]

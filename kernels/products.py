@@ -45,12 +45,16 @@ def gradient_of_rows(
 
 
 def gradient_of_weights(
-    grad_NF: torch.Tensor, rows_ND: torch.Tensor, counts: Sequence[int]
+    grad_NF: torch.Tensor,
+    rows_ND: torch.Tensor,
+    counts: Sequence[int],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `grouped_gemm.grouped_gemm_weight_gradient`."""
-    if _fused(grad_NF, rows_ND):
-        return grouped_triton.wgrad(grad_NF, rows_ND, counts)
-    return grouped_gemm.grouped_gemm_weight_gradient(grad_NF, rows_ND, counts)
+    operands = (grad_NF, rows_ND) if out is None else (grad_NF, rows_ND, out)
+    if _fused(*operands):
+        return grouped_triton.wgrad(grad_NF, rows_ND, counts, out)
+    return grouped_gemm.grouped_gemm_weight_gradient(grad_NF, rows_ND, counts, out)
 
 
 def _fused(*operands: torch.Tensor) -> bool:

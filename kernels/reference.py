@@ -6,15 +6,16 @@ waits for a GPU: what goes nowhere is written to a row that nobody reads, as to 
 somewhere would be a device-to-host synchronisation. Sums over K are loops of K steps over [U, D]
 tensors: that costs K small calls and saves the [U, K, D] fp32 temporary of a single one.
 
-Shape letters: T tokens, K experts per token, E experts, P ranks, D hidden size, F expert FFN size,
-N rows, U parcels.
+`reference_mlp.py` has those of the experts' arithmetic.
+
+Shape letters: T tokens, K experts per token, E experts, P ranks, D hidden size, N rows, U parcels.
 """
 
 import torch
-import torch.nn.functional as F
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are made in."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -184,7 +185,7 @@ def sum_rows(
         [U, D].
     """
     shape, num_home = (len(source_UK), home_ND.shape[1]), len(home_ND)
-    y_UD = home_ND.new_zeros(shape, dtype=_accumulation_dtype(home_ND.dtype))
+    y_UD = home_ND.new_zeros(shape, dtype=accumulation_dtype(home_ND.dtype))
     sums = [(source_UK, [(home_ND, 0), (foreign_MD, num_home)])]
     if parcels_VD is not None:
         sums.append((sent_UK, [(parcels_VD, 0)]))
@@ -200,59 +201,3 @@ def sum_rows(
     if out_UD is None:
         return y_UD.to(home_ND.dtype)
     return out_UD.copy_(y_UD)
-
-
-def swiglu_forward(
-    gate_NF: torch.Tensor, up_NF: torch.Tensor, weight_N: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`h = silu(gate) * up * weight`, computed in at least fp32 and rounded once.
-
-    Args:
-        gate_NF, up_NF: [N, F], one float dtype.
-        weight_N: [N], any float dtype, or None for weights of one.
-
-    Returns:
-        [N, F] in the inputs' dtype.
-    """
-    dtype = _accumulation_dtype(gate_NF.dtype)
-    h = F.silu(gate_NF.to(dtype)) * up_NF.to(dtype)
-    return _weighed(h, weight_N).to(gate_NF.dtype)
-
-
-def swiglu_backward(
-    dh_NF: torch.Tensor,
-    gate_NF: torch.Tensor,
-    up_NF: torch.Tensor,
-    weight_N: torch.Tensor | None = None,
-    *,
-    into_dh: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of `swiglu_forward`, and its output once more.
-
-    The down projection's weight gradient needs h; recomputing it here is cheaper than keeping it
-    from forward to backward.
-
-    Args:
-        dh_NF, gate_NF, up_NF: [N, F], one float dtype.
-        weight_N: [N], as in forward.
-        into_dh: h takes dh's memory, which must be nobody else's. Not differentiable then.
-
-    Returns:
-        (dgate, dup, h, dweight): three [N, F] in the inputs' dtype, of which h is bit for bit what
-        `swiglu_forward` returns; and [N] in at least fp32, or None without weights.
-    """
-    out_dtype, dtype = gate_NF.dtype, _accumulation_dtype(gate_NF.dtype)
-    dh, gate, up = dh_NF.to(dtype), gate_NF.to(dtype), up_NF.to(dtype)
-    sigmoid = torch.sigmoid(gate)
-    silu = F.silu(gate)
-    h = silu * up
-    dweight_N = None if weight_N is None else (dh * h).sum(1)
-    dh, h = _weighed(dh, weight_N), _weighed(h, weight_N)
-    # d silu / d gate = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
-    dgate = dh * up * (sigmoid + silu * (1 - sigmoid))
-    dup, h = (dh * silu).to(out_dtype), h.to(out_dtype)
-    return dgate.to(out_dtype), dup, dh_NF.copy_(h) if into_dh else h, dweight_N
-
-
-def _weighed(x_NF: torch.Tensor, weight_N: torch.Tensor | None) -> torch.Tensor:
-    return x_NF if weight_N is None else x_NF * weight_N.to(x_NF.dtype).unsqueeze(1)

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from . import grouped_gemm, reference
+from . import grouped_gemm, reference, reference_mlp
 
 CHOICES = ("auto", "triton", "torch")
 
 
 class KernelSet(NamedTuple):
-    """The launchers; `reference.py` documents each, and both sets have the same signatures."""
+    """The launchers; `reference.py` and
+    `reference_mlp.py` document each, and both sets have the same signatures."""
 
     name: str
     """`"triton"` or `"torch"`."""
@@ -28,6 +29,9 @@ class KernelSet(NamedTuple):
     sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
+    add_bias: Callable
+    gradient_of_bias_weight: Callable
+    gradient_of_bias: Callable
     gate_up: Callable
     """In `grouped_gemm.py`, like the next three."""
     product: Callable
@@ -50,8 +54,11 @@ def _torch_kernels() -> KernelSet:
         label_parcels=reference.label_parcels,
         scatter_rows=reference.scatter_rows,
         sum_rows=reference.sum_rows,
-        swiglu_forward=reference.swiglu_forward,
-        swiglu_backward=reference.swiglu_backward,
+        swiglu_forward=reference_mlp.swiglu_forward,
+        swiglu_backward=reference_mlp.swiglu_backward,
+        add_bias=reference_mlp.add_bias,
+        gradient_of_bias_weight=reference_mlp.gradient_of_bias_weight,
+        gradient_of_bias=reference_mlp.gradient_of_bias,
         gate_up=grouped_gemm.gate_up,
         product=grouped_gemm.grouped_gemm,
         gradient_of_rows=grouped_gemm.gradient_of_rows,
@@ -62,10 +69,10 @@ def _torch_kernels() -> KernelSet:
 
 
 def _triton_kernels() -> KernelSet:
-    from . import counts, planner, products, routes, rows, swiglu
+    from . import bias, counts, planner, products, routes, rows, swiglu
 
     found = {}
-    for module in (counts, planner, products, routes, rows, swiglu):
+    for module in (bias, counts, planner, products, routes, rows, swiglu):
         found |= vars(module)
     return KernelSet("triton", *(found[name] for name in KernelSet._fields[1:]))
 

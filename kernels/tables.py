@@ -1,7 +1,19 @@
 """Small tables that the host makes for kernels."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+
+
+class HiddenBias(NamedTuple):
+    """The biases of an expert's hidden layer, for rows that come group after group."""
+
+    gate_GF: torch.Tensor
+    up_GF: torch.Tensor
+    """[G, F] both, in the rows' dtype; one row stride, which may be anything."""
+    stop_G: torch.Tensor
+    """[G] int32: where each group ends."""
 
 
 def to_device(table: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -104,6 +104,16 @@ def _minimax_m3():
     )
 
 
+def _gpt_oss():
+    return _config(
+        "gpt_oss",
+        intermediate_size=48,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        head_dim=16,
+    )
+
+
 FAMILIES = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
@@ -112,6 +122,7 @@ FAMILIES = {
     "deepseek_v3": _deepseek_v3,
     "qwen3_5_moe": _qwen3_5_moe,
     "minimax_m3": _minimax_m3,
+    "gpt_oss": _gpt_oss,
 }
 
 

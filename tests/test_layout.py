@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 300
 
 KERNELS = {"kernels.select", "kernels.grouped_gemm", "kernels.tables"}
+GROUP_GEMM = "deepspeed.ops.triton_ops.group_gemm_triton"
 ROOMS = {
     # module of ds_llep: (modules of ds_llep below it, packages from outside)
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
@@ -29,6 +30,9 @@ ROOMS = {
     "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
     "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),
     "activation": (KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
+    "biased": (set(), {"torch", "deepspeed.moe.ep_experts", GROUP_GEMM}),
+    "mlp": ({"activation", "biased"} | KERNELS, {"numpy", "torch"}),
+    "gpt_oss": ({"biased"}, {"torch", "deepspeed.module_inject", "deepspeed.moe.ep_repack"}),
     "ranks": (set(), {"numpy", "torch", "deepspeed.comm"}),
     "rates": ({"config", "costs", "kernels.planner_cost"}, {"deepspeed.comm"}),
     "probe": (
@@ -43,7 +47,7 @@ ROOMS = {
     ),
     "returns": ({"plan", "fetch", "workspace"}, {"torch", "deepspeed.comm"}),
     "experts": (
-        {"activation", "dispatch", "plan", "fetch", "returns", "timeline"} | KERNELS,
+        {"activation", "dispatch", "plan", "fetch", "mlp", "returns", "timeline"} | KERNELS,
         {"torch", "deepspeed.moe.ep_experts"},
     ),
     "trace": (set(), {"numpy"}),
@@ -58,7 +62,7 @@ ROOMS = {
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"probe", "rates"}
+        | {"biased", "gpt_oss", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),

@@ -84,14 +84,18 @@ def load_ratios(workload: str, seed: int, first: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("workloads", "zero_stage", "checkpointing"),
-    [(["balanced", "50:2"], 1, False), (["50:2"], 3, True)],
+    ("shape_name", "workloads", "zero_stage", "checkpointing"),
+    [
+        ("tiny", ["balanced", "50:2"], 1, False),
+        ("tiny", ["50:2"], 3, True),
+        ("tiny-gpt-oss", ["50:2"], 1, False),
+    ],
 )
-def test_steps(pools, seed, workloads, zero_stage, checkpointing):
+def test_steps(pools, seed, shape_name, workloads, zero_stage, checkpointing):
     """EP groups beside each other; every mode has the same steps; the records tell what was."""
     pool = pools(4)
     changes = {"workloads": workloads, "zero_stage": zero_stage, "checkpointing": checkpointing}
-    answers = pool.run(steps, seed=seed, **changes)
+    answers = pool.run(steps, seed=seed, shape_name=shape_name, **changes)
     for rank, found in enumerate(answers):
         records = found["records"]
         points = [(record["workload"], record["mode"]) for record in records]

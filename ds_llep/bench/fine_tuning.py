@@ -36,14 +36,30 @@ from ds_llep.bench.workloads import Draw, parse
 from ds_llep.config import LLEPConfig
 from ds_llep.workspace import Workspace
 
-MODELS = {  # by the name of the shape of its MoE layers: all the rest of a Qwen3-MoE
+MODELS = {  # by the name of the shape of its MoE layers: all the rest of it
     "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
         "vocab_size": 151936,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "head_dim": 128,
     },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
     "tiny": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
+    "tiny-gpt-oss": {
+        "model_type": "gpt_oss",
         "vocab_size": 512,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -113,6 +129,7 @@ class FineTuning:
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self._like = torch.empty(0, dtype=self.dtype, device=device)
         self._section = expert_parallel(settings.shape, self.ep_size, self.dtype)
+        self._section["preset_model"] = MODELS[settings.shape_name]["model_type"]
         self.engine = make_engine(
             make_model(settings, self.dtype, device),
             self._section,
@@ -251,21 +268,24 @@ class FineTuning:
 def make_model(
     settings: ModelSettings, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
-    """A Qwen3-MoE in training mode, its random weights the same on every rank, made on the device.
+    """A model in training mode, its random weights the same on every rank, made on the device.
 
     Every rank holds all experts until AutoEP shards them.
     """
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = settings.shape
-    config = Qwen3MoeConfig(
-        **MODELS[settings.shape_name],
+    shape, model = settings.shape, MODELS[settings.shape_name]
+    if model["model_type"] == "gpt_oss":
+        experts = {"intermediate_size": shape.ffn_size, "num_local_experts": shape.num_experts}
+    else:
+        experts = {"moe_intermediate_size": shape.ffn_size, "num_experts": shape.num_experts}
+        experts["norm_topk_prob"] = True
+    config = AutoConfig.for_model(
+        **model,
+        **experts,
         hidden_size=shape.hidden_size,
         num_hidden_layers=settings.layers,
-        moe_intermediate_size=shape.ffn_size,
-        num_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
-        norm_topk_prob=True,
         max_position_embeddings=settings.seq_len,
         use_cache=False,
     )

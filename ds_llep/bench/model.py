@@ -3,12 +3,13 @@
     ds-llep model --shape qwen3-30b-a3b --layers 8 --tokens 16384 --workloads 50:4,95:1
     torchrun --nproc_per_node 8 -m ds_llep model --shape qwen3-30b-a3b --json results.jsonl
 
-A Hugging Face Qwen3-MoE with random weights in a DeepSpeed engine (bf16 on GPUs, fp32 on the CPU,
-AdamW): embedding, attention, MoE layers, loss, backward and optimizer step, tokens per second of
-all ranks together. What every MoE layer's router chooses is the workload's, another choice in every
-layer and step, the same for both modes; "balanced" is always measured first, as the reference.
-Before a workload is timed, logits and the gradients of the first MoE layer's experts of both modes
-are compared. Where they differ by more than rounding, there is no time and the exit code is 1.
+A Hugging Face Qwen3-MoE or gpt-oss with random weights in a DeepSpeed engine (bf16 on GPUs, fp32 on
+the CPU, AdamW): embedding, attention, MoE layers, loss, backward and optimizer step, tokens per
+second of all ranks together. What every MoE layer's router chooses is the workload's, another
+choice in every layer and step, the same for both modes; "balanced" is always measured first, as the
+reference. Before a workload is timed, logits and the gradients of the first MoE layer's experts of
+both modes are compared. Where they differ by more than rounding, there is no time and the exit code
+is 1.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ PRESETS = {
     "deepseek-v3": Shape(256, 7168, 2048, 8, 16384),
     "kimi-k2": Shape(384, 7168, 2048, 8, 16384),
     "tiny": Shape(16, 256, 128, 4, 512),
+    "tiny-gpt-oss": Shape(16, 256, 136, 4, 512),
 }
 
 

@@ -23,8 +23,9 @@ from deepspeed.utils import groups
 
 from ds_llep.activate import adopt
 from ds_llep.bench.shapes import Shape
+from ds_llep.biased import BiasedExperts, has_bias
 from ds_llep.config import LLEPConfig
-from ds_llep.experts import LLEPGroupedExperts
+from ds_llep.experts import LLEPBiasedExperts, LLEPGroupedExperts
 from ds_llep.fetch import Exchange
 from ds_llep.layer import LLEPMoELayer
 from ds_llep.monitor import Statistics
@@ -32,7 +33,10 @@ from ds_llep.probe import measure_rates
 from ds_llep.ranks import RankTable
 from ds_llep.rates import H200, find_rates
 
-CLASSES = {"ep": (AutoEPMoELayer, GroupedExperts), "llep": (LLEPMoELayer, LLEPGroupedExperts)}
+CLASSES = {  # of layers, of their experts without and with biases
+    "ep": (AutoEPMoELayer, GroupedExperts, BiasedExperts),
+    "llep": (LLEPMoELayer, LLEPGroupedExperts, LLEPBiasedExperts),
+}
 
 
 class _Block(torch.nn.Module):
@@ -142,7 +146,8 @@ def make_engine(
 def switch(layers: Iterable[AutoEPMoELayer], mode: str) -> None:
     """Let layers that llep has adopted run as AutoEP's (``"ep"``) or as llep's (``"llep"``)."""
     for layer in layers:
-        layer.__class__, layer.experts.__class__ = CLASSES[mode]
+        layer.__class__, *experts = CLASSES[mode]
+        layer.experts.__class__ = experts[has_bias(layer.experts)]
 
 
 def results(stack: Stack, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -56,7 +56,8 @@ def main() -> None:
     except RuntimeError as error:
         print(f"Triton {triton.__version__} has no compiler for NVIDIA GPUs here: {error}")
         sys.exit(NO_COMPILER)
-    from ds_llep.kernels import counts, planner, routes, rows, swiglu
+    from ds_llep.kernels import bias, counts, planner, routes, rows, swiglu
+    from ds_llep.kernels.tables import HiddenBias
 
     pointers = {
         torch.float32: "*fp32",
@@ -80,6 +81,8 @@ def main() -> None:
                 signature[parameter.name] = pointers[value.dtype]
             elif parameter.is_constexpr or value is None or is_one:
                 signature[parameter.name], constants[(index,)] = "constexpr", value
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
         variant = kernel.__name__, str(signature), str(constants)
@@ -111,9 +114,14 @@ def main() -> None:
         rows.scatter_rows(x, sent, row)
         rows.sum_rows(row, row, sent, row, sent)
         rows.sum_rows(row, row[:0], sent)
+        hidden, clamp = HiddenBias(row[:P], row[:P], empty(P)), (1.7, 7.0)
+        for form in ((values, None, None), (None, None, clamp), (values, hidden, clamp)):
+            swiglu.swiglu_forward(row, row, *form)
+            swiglu.swiglu_backward(row, row, row, *form)
         for weight in (values, None):
-            swiglu.swiglu_forward(row, row, weight)
-            swiglu.swiglu_backward(row, row, row, weight)
+            bias.add_bias(row, row[:P], empty(P), weight)
+            bias.gradient_of_bias(row, [N], weight)
+        bias.gradient_of_bias_weight(row, row[:P], empty(P))
 
     launch_all(300, 3, 12, 3, 5000, 50)
     launch_all(1, 1, 1, 1, 1, 1)  # Triton makes a constant of an argument that is 1

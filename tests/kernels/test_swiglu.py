@@ -1,9 +1,13 @@
-"""SwiGLU against its formula in fp64 and PyTorch's autograd of that formula."""
+"""SwiGLU and gpt-oss' form against their formulas in fp64 and PyTorch's autograd of those."""
+
+from functools import partial
 
 import pytest
 import torch
+from deepspeed.moe.ep_experts import get_expert_activation
 
-from ds_llep.kernels import reference, swiglu
+from ds_llep.kernels import reference_mlp, swiglu
+from ds_llep.kernels.tables import HiddenBias
 
 SIZES = [(40, 1), (3, 17), (4, 64), (7, 130), (2, 2500), (0, 8), (3, 0)]
 
@@ -67,7 +71,7 @@ def test_values(size, dtype, draw, draw_weights, kernels, within_budget):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_triton_is_as_good_as_its_twin(size, dtype, draw, draw_weights, within_budget):
     inputs = [*(draw.normal(*size, dtype=dtype) * 2 for _ in range(3)), draw_weights(size[0])]
-    ours, twin = swiglu.swiglu_backward(*inputs), reference.swiglu_backward(*inputs)
+    ours, twin = swiglu.swiglu_backward(*inputs), reference_mlp.swiglu_backward(*inputs)
     for one, one_twin, exact in zip(given(ours), given(twin), exact_backward(*inputs), strict=True):
         within_budget(one, one_twin, exact)
 
@@ -193,3 +197,56 @@ def test_more_than_2_to_the_31_elements(fused, draw):
     expected = swiglu.swiglu_backward(tails[1], *tails, weight_N[-8:])
     for one, one_tail in zip(ours, expected, strict=True):
         assert torch.equal(one[-8:], one_tail), draw.seed
+
+
+@pytest.fixture(params=[None, (1.702, 1.5)], ids=["silu", "clamped"])
+def clamp(request):
+    return request.param
+
+
+def formula(clamp, groups_N, gate_NF, up_NF, gate_bias_GF, up_bias_GF, weight_N):
+    """In the inputs' dtype; with `clamp` by AutoEP's own function."""
+    gate, up = gate_NF + gate_bias_GF[groups_N], up_NF + up_bias_GF[groups_N]
+    if clamp is None:
+        h_NF = torch.nn.functional.silu(gate) * up
+    else:
+        h_NF = get_expert_activation("swiglu_oai").fn(gate, up, *clamp)
+    return h_NF * weight_N.unsqueeze(1)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 9, 1], [7]], ids=str)
+@pytest.mark.parametrize("F", [17, 64, 1100])
+def test_biases(F, counts, clamp, dtype, draw, kernels, within_budget):
+    N, G = sum(counts), len(counts)
+    dh_NF, gate_NF, up_NF = (draw.normal(N, F, dtype=dtype) for _ in range(3))
+    joined = draw.normal(G, 3 * F, dtype=dtype)  # a row stride of its own, the same for both
+    weight_N = draw.normal(N)
+    stop_G = torch.tensor(counts, device=draw.device).cumsum(0).int()
+    bias = HiddenBias(joined[:, :F], joined[:, 2 * F :], stop_G)
+    groups_N = torch.tensor([g for g, count in enumerate(counts) for _ in range(count)])
+    inputs = gate_NF, up_NF, *bias[:2], weight_N
+    form = partial(formula, clamp, groups_N.to(draw.device))
+
+    def values(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        h_NF = form(*leaves)
+        dgate, dup, dweight = torch.autograd.grad(h_NF, [*leaves[:2], leaves[4]], dh_NF.to(dtype))
+        return dgate, dup, h_NF.detach(), dweight
+
+    exact, naive, naive32 = (values(wide) for wide in (torch.float64, dtype, torch.float32))
+    h_NF = kernels.swiglu_forward(gate_NF, up_NF, weight_N, bias, clamp)
+    found = kernels.swiglu_backward(dh_NF, gate_NF, up_NF, weight_N, bias, clamp)
+    assert torch.equal(h_NF, found[2]), draw.seed
+    for one, one_naive, one_exact in zip(found, [*naive[:3], naive32[3]], exact, strict=True):
+        within_budget(one, one_naive, one_exact)
+
+
+def test_slopes_at_the_clamps(dtype, draw, kernels):
+    """Beyond a limit nothing goes back; gate has none below."""
+    gate_NF = torch.tensor([[-90.0, 1.0, 3.0, 1.0, 1.0]], device=draw.device, dtype=dtype)
+    up_NF = torch.tensor([[1.0, 1.0, 1.0, 3.0, -3.0]], device=draw.device, dtype=dtype)
+    dh_NF = draw.normal(1, 5, dtype=dtype)
+    dgate, dup, h_NF, _ = kernels.swiglu_backward(dh_NF, gate_NF, up_NF, clamp=(1.0, 2.0))
+    assert [x != 0 for x in dgate[0].tolist()] == [False, True, False, True, True], draw.seed
+    assert [x != 0 for x in dup[0].tolist()] == [False, True, True, False, False], draw.seed
+    assert h_NF[0, 4] == -h_NF[0, 1] / 2 and h_NF[0, 3] == h_NF[0, 1] * 3 / 2

@@ -1,0 +1,130 @@
+"""The gated MLPs of some experts, each over its group of rows, forward and backward by hand.
+
+By hand, because backward comes in two halves: what other ranks wait for first, the gradients of the
+weights w1 and w3 when those are on their way. The price is that every product's gradient is
+written out.
+
+Shapes: ``G`` experts, ``N`` rows, ``D`` hidden size, ``F`` expert FFN size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ds_llep.activation import Activation
+from ds_llep.biased import empty_joint, split
+from ds_llep.kernels.tables import HiddenBias, to_device
+
+
+@dataclass
+class HiddenBackward:
+    """Gradients behind the hidden layer; those of w1 and w3 follow from the first two."""
+
+    grad_gate: torch.Tensor | None
+    grad_up: torch.Tensor
+    grad_w2: torch.Tensor | None
+    grad_rows: torch.Tensor | None
+    grad_scores: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class GatedMLPs:
+    """``w2(act(w1 x + b1, w3 x + b3) * score) + b2 * score`` for each group of rows."""
+
+    w1: torch.Tensor
+    w2: torch.Tensor
+    w3: torch.Tensor
+    """``[G, F, D]``, w2 ``[G, D, F]``; the group stride may be anything."""
+    counts: Sequence[int]
+    """Rows of each group."""
+    activation: Activation
+    hidden_bias: HiddenBias | None = None
+    out_bias_GD: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weights: Sequence[torch.Tensor],
+        counts: Sequence[int],
+        activation: Activation,
+        hidden_size: int,
+        has_bias: bool,
+    ) -> GatedMLPs:
+        """From w1, w2 and w3, which hold the biases as well where there are some."""
+        w1, w2, w3 = weights
+        if not has_bias:
+            return cls(w1, w2, w3, counts, activation)
+        ffn_size = w2.shape[2]
+        (w1, gate), (w3, up) = split(w1, ffn_size), split(w3, ffn_size)
+        w2, out = split(w2, hidden_size)
+        stop_G = to_device(np.cumsum(counts, dtype=np.int32), w1.device)
+        return cls(w1, w2, w3, counts, activation, HiddenBias(gate, up, stop_G), out)
+
+    def forward(
+        self, rows_ND: torch.Tensor, scores_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, and what backward needs: gate and up, without their biases."""
+        kernels = self.activation.kernels
+        gate_NF, up_NF = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts)
+        act_NF = self.activation.forward(gate_NF, up_NF, scores_N, self.hidden_bias)
+        out_ND = kernels.product(act_NF, self.w2, self.counts)
+        if self.out_bias_GD is not None:
+            kernels.add_bias(out_ND, self.out_bias_GD, self.hidden_bias.stop_G, scores_N)
+        return out_ND, gate_NF, up_NF
+
+    def backward(
+        self,
+        grad_ND: torch.Tensor,
+        hidden: list[torch.Tensor],
+        scores_N: torch.Tensor | None,
+        need_rows: bool,
+        need_weights: bool,
+    ) -> HiddenBackward:
+        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up)."""
+        kernels, counts = self.activation.kernels, self.counts
+        gate_NF, up_NF = hidden
+        hidden.clear()
+        grad_ND = grad_ND.contiguous()
+        grad_act = kernels.product(grad_ND, self.w2, counts, transpose=False)
+        grad_gate, grad_up, act_NF, grad_scores = self.activation.backward(
+            grad_act, gate_NF, up_NF, scores_N, self.hidden_bias
+        )
+        del grad_act, gate_NF, up_NF
+        if self.out_bias_GD is not None and scores_N is not None:
+            stop_G = self.hidden_bias.stop_G
+            grad_scores += kernels.gradient_of_bias_weight(grad_ND, self.out_bias_GD, stop_G)
+        grad_w2 = self._gradient(grad_ND, act_NF, scores_N) if need_weights else None
+        del act_NF
+        grad_rows = None
+        if need_rows:
+            grad_rows = kernels.gradient_of_rows(grad_gate, self.w1, grad_up, self.w3, counts)
+        return HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows, grad_scores)
+
+    def weight_gradients(self, step: HiddenBackward, rows_ND: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of w1, w2, w3, each ``[G, ., .]`` as :meth:`of` took them; gives back the
+        gate's gradient in between.
+        """
+        grad_w1 = self._gradient(step.grad_gate, rows_ND)
+        step.grad_gate = None
+        return [grad_w1, step.grad_w2, self._gradient(step.grad_up, rows_ND)]
+
+    def _gradient(
+        self,
+        grad_NF: torch.Tensor,
+        rows_ND: torch.Tensor,
+        weight_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient of one of the three, that of its biases with it."""
+        kernels, counts = self.activation.kernels, self.counts
+        if self.hidden_bias is None:
+            return kernels.gradient_of_weights(grad_NF, rows_ND, counts)
+        num_rows, num_columns = grad_NF.shape[1], rows_ND.shape[1]
+        joined = empty_joint(len(counts), num_rows, num_columns, like=rows_ND)
+        matrix, bias = split(joined, num_rows)
+        kernels.gradient_of_weights(grad_NF, rows_ND, counts, out=matrix)
+        bias.copy_(kernels.gradient_of_bias(grad_NF, counts, weight_N))
+        return joined
