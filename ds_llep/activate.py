@@ -32,6 +32,7 @@ from ds_llep.compat import (
 )
 from ds_llep.config import SECTION, LLEPConfig
 from ds_llep.experts import LLEPGroupedExperts
+from ds_llep.families import check_family
 from ds_llep.fetch import Exchange
 from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
@@ -89,6 +90,7 @@ def register() -> None:
             return original(self, model, *args, **kwargs)
         # What can be known now is refused before AutoEP shards the model.
         check_compatible(self._config)
+        check_family(model, self._config.expert_parallel_config)
         check_weight_source(config.weight_source, self._config.zero_config)
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
         result = original(self, model, *args, **kwargs)

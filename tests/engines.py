@@ -8,6 +8,7 @@ that rounding cannot send a token elsewhere.
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from unittest import mock
 
@@ -231,6 +232,8 @@ def autoep_view(name: str, tensor: torch.Tensor | None, ep_size: int) -> dict:
         return {name: None}
     if name.endswith("mlp.gate.weight"):
         return {name.replace("mlp.gate", "mlp.router.gate"): tensor}
+    if ".mlp.shared_expert" in name:  # some families have them in the plural, as AutoEP does
+        return {re.sub(r"\.shared_expert(_gate)?\.", r".shared_experts\1.", name): tensor}
     if ".mlp.experts." not in name:
         return {name: tensor}
     ep_size = fit(ep_size)

@@ -56,9 +56,10 @@ ROOMS = {
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
+    "families": ({"config"}, {"torch", "deepspeed.module_inject"}),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"probe", "rates"}
+        | {"families", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
