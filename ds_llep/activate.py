@@ -230,6 +230,7 @@ def adopt(
     for index, (name, layer) in enumerate(layers.items()):
         layer.__class__ = LLEPMoELayer
         layer.experts.__class__ = LLEPGroupedExperts
+        layer.router_logits_capture_mode = "raw"  # the model's loss takes their softmax itself
         layer.llep = LayerContext(config, name, index, statistics, exchange, rates)
     return statistics
 

@@ -38,13 +38,16 @@ def check_family(model: torch.nn.Module, expert_parallel: Any) -> None:
         ValueError: on every rank, since it depends on nothing but the model and the JSON; what is
             wrong and the JSON that resolves it.
     """
-    if expert_parallel.preset_model is None and expert_parallel.moe_layer_pattern is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if not _has_preset(model_type):
-            block = _some_moe_block(model)
-            if block is not None:
-                raise ValueError(_unknown(model, model_type, block))
-            return
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    chosen = (
+        expert_parallel.preset_model is not None or expert_parallel.moe_layer_pattern is not None
+    )
+    if not chosen and not _has_preset(model_type):
+        block = _some_moe_block(model)
+        if block is not None:
+            raise ValueError(_unknown(model, model_type, block))
+        return
     parser = AutoEP(model, copy.copy(expert_parallel))  # it fills in what the model's config says
     for spec in parser.ep_parser():
         lost = _lost(model.get_submodule(spec.moe_module_name), spec)
@@ -54,12 +57,18 @@ def check_family(model: torch.nn.Module, expert_parallel: Any) -> None:
                 f"{spec.moe_module_name!r} ({spec.model_family}). Shared experts are kept if "
                 '"expert_parallel" names them: "has_shared_experts": true, '
                 '"shared_experts_pattern" and, if they have a gate, "shared_experts_gate_pattern". '
-                f'For anything else set "{SECTION}.enabled" to false and do not use AutoEP.'
+                "AutoEP has no place for anything else: train this model without it."
             )
-        greedy = getattr(getattr(model, "config", None), "topk_method", None) == "greedy"
+        recorded = spec.router_logits_capture_target != "none"
+        if getattr(config, "output_router_logits", False) and not recorded:
+            raise ValueError(
+                "the model's config has output_router_logits, but AutoEP hands out none for layers "
+                "that no preset describes, so there would be no auxiliary loss. Set it to false."
+            )
+        greedy = model_type == "deepseek_v2" and getattr(config, "topk_method", None) == "greedy"
         if greedy and (spec.num_expert_groups or 1) > 1:
             raise ValueError(
-                f"the model's config has topk_method 'greedy', so its routers ignore n_group="
+                "the model's config has topk_method 'greedy', so its routers ignore n_group="
                 f"{spec.num_expert_groups}, but AutoEP's would choose by groups. Add "
                 '"num_expert_groups": 1, "num_limited_groups": 1 to "expert_parallel".'
             )
@@ -105,9 +114,9 @@ def _unknown(model: torch.nn.Module, model_type: str | None, block: str) -> str:
 def _lost(block: torch.nn.Module, spec: MoELayerSpec) -> list[str]:
     """Parameters and buffers of a block that AutoEP's layer has no place for."""
     kept = [rf"{spec.router_name}\.(weight|bias)", r"(.*\.)?e_score_correction_bias"]
-    for name in (spec.expert_w1_name, spec.expert_w2_name, spec.expert_w3_name):
+    for name in filter(None, (spec.expert_w1_name, spec.expert_w2_name, spec.expert_w3_name)):
         kept.append(rf"{spec.experts_name}\.(\d+\.)?{name}(\.weight)?")
-    for name in (spec.shared_experts_name, spec.shared_experts_gate_name):
-        kept.append(rf"{name}\..+" if name else "")
+    for name in filter(None, (spec.shared_experts_name, spec.shared_experts_gate_name)):
+        kept.append(rf"{name}\..+")
     pattern = re.compile("|".join(kept))
     return [name for name in block.state_dict() if not pattern.fullmatch(name)]

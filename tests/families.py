@@ -118,6 +118,29 @@ FAMILIES = {
 }
 
 
+def _olmoe():
+    return _config("olmoe", intermediate_size=48, num_experts=8, num_experts_per_tok=2)
+
+
+def _glm4_moe():
+    return _config(
+        "glm4_moe",
+        intermediate_size=64,
+        moe_intermediate_size=48,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        head_dim=16,
+    )
+
+
+DESCRIBED = {"olmoe": _olmoe, "glm4_moe": _glm4_moe}
+"""Families without a preset, which docs/families.md describes."""
+
 ROUTERS = (".mlp.gate",)
 """How the name of a router ends, in the families above."""
 
@@ -130,7 +153,7 @@ def build(
     ``settings`` change its configuration.
     """
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = {**FAMILIES, **DESCRIBED}[family]()
     config.update(settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # the grouped one has no fp64
@@ -161,9 +184,9 @@ def enliven(model: torch.nn.Module, seed: int) -> torch.nn.Module:
                 buffer += 0.1 * draw(buffer)
         embedding = model.get_input_embeddings().weight
         shared = torch.nn.functional.normalize(draw(embedding[0]), dim=0)
-        embedding += 2 * shared
+        embedding += shared
         routers = [m for name, m in model.named_modules() if name.endswith(ROUTERS)]
         assert routers, "no router of a known name"
         for router in routers:
-            router.weight[:2] += 0.8 * shared
+            router.weight[:2] += shared
     return model
