@@ -22,7 +22,7 @@ from deepspeed.utils import safe_get_full_grad
 
 import ds_llep
 
-MARGIN = 1e-4  # of a router's score; fp32 is wrong by 1e-6 of it
+MARGIN = 1e-3  # between scores, relative; fp32 is wrong by some 1e-6
 AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 DOCS = (Path(__file__).parent.parent / "docs/families.md").read_text()
 
@@ -36,7 +36,8 @@ def draw_tokens(model: torch.nn.Module, seed: int) -> torch.Tensor:
 
     def measured(scores, k, dim=-1, **options):
         ordered = scores.sort(dim=dim, descending=True).values
-        margins.append((ordered[..., k - 1] - ordered[..., k]).min())
+        last, next_best = ordered[..., k - 1], ordered[..., k]
+        margins.append(((last - next_best) / last.abs()).min())
         return topk(scores, k, dim=dim, **options)
 
     while True:
@@ -119,7 +120,7 @@ def check(results: list[dict]) -> None:
     for rank, result in enumerate(results):
         assert not result["over"], f"rank {rank}: {result['over']}"
         assert not result["without"], f"not in the reference: {result['without']}"
-        assert max(result["ours"].values()) < 1e-4, "twice as wrong as AutoEP, which is wrong"
+        assert max(result["ours"].values()) < 1e-4, "another function; AutoEP computes it too"
         spilled = result["status"]["spilled_tokens"]
         assert sum(spilled) > 0, "nothing was spilled: the test tests nothing"
 
