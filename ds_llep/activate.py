@@ -34,6 +34,7 @@ from ds_llep.compat import (
 )
 from ds_llep.config import SECTION, LLEPConfig
 from ds_llep.experts import LLEPBiasedExperts, LLEPGroupedExperts
+from ds_llep.families import check_family
 from ds_llep.fetch import Exchange
 from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
@@ -92,6 +93,7 @@ def register() -> None:
             return original(self, model, *args, **kwargs)
         # What can be known now is refused before AutoEP shards the model.
         check_compatible(self._config)
+        check_family(model, self._config.expert_parallel_config)
         check_weight_source(config.weight_source, self._config.zero_config)
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
         result = original(self, model, *args, **kwargs)
@@ -232,6 +234,7 @@ def adopt(
         layer.__class__ = LLEPMoELayer
         balanced = LLEPBiasedExperts if has_bias(layer.experts) else LLEPGroupedExperts
         layer.experts.__class__ = balanced
+        layer.router_logits_capture_mode = "raw"  # the model's loss takes their softmax itself
         layer.llep = LayerContext(config, name, index, statistics, exchange, rates)
     return statistics
 

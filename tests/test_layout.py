@@ -60,9 +60,10 @@ ROOMS = {
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
+    "families": ({"config", "gpt_oss"}, {"torch", "deepspeed.module_inject"}),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"biased", "gpt_oss", "probe", "rates"}
+        | {"biased", "families", "gpt_oss", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
