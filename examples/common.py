@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -122,3 +123,7 @@ def token_blocks(documents: list[str], encode, seq_len: int, seed: int) -> torch
         raise ValueError(f"the data holds {len(tokens)} tokens, less than one block of {seq_len}")
     random.Random(seed).shuffle(starts)
     return torch.tensor([tokens[start : start + seq_len] for start in starts])
+
+
+def on_gpu() -> bool:
+    return get_accelerator().device_name() == "cuda"
