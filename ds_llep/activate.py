@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ds_llep.compat import (
     check_compatible,
+    check_imported_in_time,
     install_hint,
     overridden_options,
     seam_problems,
@@ -258,7 +259,7 @@ def status(engine: Any) -> dict[str, Any]:
         that the cache had), ``capped_tokens``.
 
     Raises:
-        ValueError: not a DeepSpeed engine.
+        ValueError: not a DeepSpeed engine, or one made before ds_llep was imported to balance it.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise ValueError(
@@ -267,6 +268,7 @@ def status(engine: Any) -> dict[str, Any]:
         )
     activation = _ACTIVE.get(engine)
     if activation is None:
+        check_imported_in_time(LLEPConfig.from_ds_config(engine._config._param_dict))
         return {"active": False}
     rates = activation.rates
     return {

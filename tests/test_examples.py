@@ -46,7 +46,7 @@ def test_finetune_save_and_resume(tmp_path):
     assert float(after) < float(before)
 
 
-@pytest.mark.parametrize("script", ["finetune.py", "hf_trainer.py", "accelerate_loop.py", "trl_sft.py"])
+@pytest.mark.parametrize("script", ["finetune.py", "hf_trainer.py"])
 def test_help(script):
     finished = subprocess.run(
         [sys.executable, f"examples/{script}", "--help"],
