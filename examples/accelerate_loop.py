@@ -9,11 +9,12 @@ does. Either way `accelerator.prepare` calls `deepspeed.initialize`, and finds t
 """
 
 import argparse
+from itertools import chain, islice, repeat
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DummyOptim, set_seed
-from common import BUILTIN_MODELS, builtin_model, encode_bytes, on_gpu, read_documents, token_blocks
+from common import BUILTIN_MODELS, load, on_gpu, read_documents, token_blocks
 
 import ds_llep
 
@@ -41,25 +42,22 @@ def main():
     args = parse_args()
     if not on_gpu():
         PartialState(cpu=True)  # else Accelerate counts one process, whoever started the others
-    plugin = args.deepspeed_config and DeepSpeedPlugin(hf_ds_config=args.deepspeed_config)
-    accelerator = Accelerator(
-        deepspeed_plugin=plugin or None, gradient_accumulation_steps=args.accumulate
-    )
+    plugin = None
+    if args.deepspeed_config:
+        plugin = DeepSpeedPlugin(hf_ds_config=args.deepspeed_config)
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=args.accumulate)
     set_seed(args.seed)
     # After the Accelerator: under ZeRO-3 it makes transformers partition as it loads.
-    model, encode = builtin_model(args.model, args.seed), encode_bytes
+    model, encode = load(args.model, args.seed)
     blocks = token_blocks(read_documents(args.data), encode, args.seq_len, args.seed)
     data = torch.utils.data.DataLoader(blocks, batch_size=args.micro_batch, shuffle=True)
     # The optimizer is in the JSON; DummyOptim fills its "auto" values.
     engine, _, data = accelerator.prepare(model, DummyOptim(model.parameters(), lr=args.lr), data)
 
-    losses, batches = [], iter(data)
+    losses = []
     engine.train()
-    while len(losses) < args.steps * args.accumulate:
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(data)
-            continue
+    epochs = chain.from_iterable(repeat(data))
+    for batch in islice(epochs, args.steps * args.accumulate):
         with accelerator.accumulate(engine):
             loss = engine(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)  # with DeepSpeed this steps, too

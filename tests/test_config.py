@@ -54,6 +54,7 @@ CHOICES = {
 }
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 WORLDS = {
+    "accelerate_zero3_ep2.json": [2, 4],
     "demo_cpu_monitored.json": [4],
     "demo_cpu_zero3_ep2.json": [4],
     "demo_gpu_zero3_ep2.json": [2, 4],
