@@ -13,7 +13,9 @@ import engines
 import families
 import pytest
 from deepspeed.runtime.engine import DeepSpeedEngine
-from launcher import ROOT, free_port, run
+from launcher import ROOT, free_port
+from launcher import run as launch
+from ranks import remove_shared_buffers
 
 import ds_llep
 
@@ -44,7 +46,9 @@ class Door:
     def launch(self, *command: str) -> str:
         """Run it; what it printed."""
         command = [sys.executable, "-m", *command, str(self.plan)]
-        code, out = run(command, self.runs[0]["port"], ROOT, timeout=280)
+        on, off = (run["port"] for run in self.runs)
+        code, out = launch(command, on, ROOT, timeout=280)
+        remove_shared_buffers(off)
         assert code == 0, out[-6000:]
         return out
 
