@@ -31,6 +31,7 @@ setup(
             *(*EXAMPLES, *TOOLS, "pytest>=8", "hypothesis>=6", "scipy>=1.13"),
             *("ruff>=0.17,<0.18", "build>=1"),
             "openmpi>=5,<6; platform_system == 'Linux'",  # mpirun, and the library for mpi4py
+            "trl>=1.16,<2",  # for its example's test
         ],
     },
 )

@@ -27,6 +27,7 @@ from ds_llep import gpt_oss
 from ds_llep.biased import has_bias
 from ds_llep.compat import (
     check_compatible,
+    check_imported_in_time,
     install_hint,
     overridden_options,
     seam_problems,
@@ -265,7 +266,7 @@ def status(engine: Any) -> dict[str, Any]:
         that the cache had), ``capped_tokens``.
 
     Raises:
-        ValueError: not a DeepSpeed engine.
+        ValueError: not a DeepSpeed engine, or one made before ds_llep was imported to balance it.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise ValueError(
@@ -274,6 +275,7 @@ def status(engine: Any) -> dict[str, Any]:
         )
     activation = _ACTIVE.get(engine)
     if activation is None:
+        check_imported_in_time(LLEPConfig.from_ds_config(engine._config._param_dict))
         return {"active": False}
     rates = activation.rates
     return {

@@ -46,21 +46,6 @@ def test_finetune_save_and_resume(tmp_path):
     assert float(after) < float(before)
 
 
-def test_hf_trainer(tmp_path):
-    """HF Trainer through accelerate: the JSON alone switches llep on, the callback logs."""
-    output = run_example(
-        *("examples/hf_trainer.py", "--deepspeed_config"),
-        *("ds_configs/hf_trainer_zero3_ep2.json", "--steps", "10", "--seq-len", "64"),
-        *("--output-dir", str(tmp_path)),
-    )
-    start, end = final_line(output)
-    assert end < start
-    assert "llep: active on 4 MoE layer(s)" in output
-    ratios = re.findall(r"step \d+: loss [\d.]+, load ratio ([\d.]+) -> ([\d.]+)", output)
-    assert len(ratios) == 2  # the config logs each 5 of 10 steps
-    assert all(float(after) < float(before) for before, after in ratios)
-
-
 @pytest.mark.parametrize("script", ["finetune.py", "hf_trainer.py"])
 def test_help(script):
     finished = subprocess.run(
