@@ -10,9 +10,7 @@ process.
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -20,16 +18,16 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups, logger
+from deepspeed.utils import groups
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ds_llep import gpt_oss
+from ds_llep.active import Activation, announce
 from ds_llep.biased import has_bias
 from ds_llep.compat import (
     check_compatible,
     check_imported_in_time,
     install_hint,
-    overridden_options,
     seam_problems,
     version_problems,
 )
@@ -47,24 +45,6 @@ from ds_llep.recorder import Recorder, open_recorder
 from ds_llep.shards import check_weight_source, choose_weight_source, weights_changed
 
 _MARK = "_ds_llep_wrapped"
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What is active on one engine."""
-
-    config: LLEPConfig
-    layers: tuple[str, ...]
-    ep_size: int
-    edp_size: int
-    weight_source: str
-    weight_source_reason: str
-    nodes: tuple[int, ...]
-    """By global rank."""
-    rates: Rates | None
-    """None where nothing is planned by prices."""
-    rates_from: str | None
-    statistics: Statistics
 
 
 _ACTIVE: weakref.WeakKeyDictionary[DeepSpeedEngine, Activation] = weakref.WeakKeyDictionary()
@@ -192,32 +172,7 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
         statistics=statistics,
     )
     if dist.get_rank() == 0:
-        _say(
-            f"llep: active on {len(layers)} MoE layer(s), ep_size={ep_size}, "
-            f"edp_size={activation.edp_size}, planner={config.planner}, "
-            f"weight_source={weight_source} ({reason})"
-        )
-        if rates is not None:
-            _say(
-                f"llep: rates {rates} ({rates_from}); {max(activation.nodes) + 1} node(s) "
-                f"{table.nodes_from}"
-            )
-        overridden = overridden_options(engine._config.expert_parallel_config)
-        if overridden:
-            _say(
-                f"llep: without effect on balanced layers: {', '.join(overridden)} of "
-                '"expert_parallel"; llep dispatches, computes and combines by itself'
-            )
-        if config.monitor.enabled and not engine._config.monitor_config.enabled:
-            _say(
-                'llep: "llep.monitor" is enabled, but none of DeepSpeed\'s monitors is, so nothing '
-                'is written; enable "tensorboard", "wandb", "csv_monitor" or "comet"'
-            )
-        if recorder is not None:
-            _say(
-                f"llep: records what the router chooses to {recorder.path}, every "
-                f"{config.trace.interval} micro-batch(es), ranks 0 to {ep_size - 1}"
-            )
+        announce(activation, table, engine._config, recorder)
     return activation
 
 
@@ -292,11 +247,3 @@ def status(engine: Any) -> dict[str, Any]:
         "kernels": select_kernels(activation.config.kernels, torch.device(engine.device)).name,
         **activation.statistics.last(),
     }
-
-
-def _say(line: str) -> None:
-    # DeepSpeed's logger may be set to warnings only (HF Trainer does so); this line always shows.
-    if logger.isEnabledFor(logging.INFO):
-        logger.info(line)
-    else:
-        print(line, flush=True)

@@ -61,9 +61,13 @@ ROOMS = {
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "families": ({"config", "gpt_oss"}, {"torch", "deepspeed.module_inject"}),
+    "active": (
+        {"compat", "config", "monitor", "ranks", "rates", "recorder"},
+        {"deepspeed.utils"},
+    ),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"biased", "families", "gpt_oss", "probe", "rates"}
+        | {"active", "biased", "families", "gpt_oss", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
