@@ -47,7 +47,7 @@ class Door:
         """Run it; what it printed."""
         command = [sys.executable, "-m", *command, str(self.plan)]
         on, off = (run["port"] for run in self.runs)
-        code, out = launch(command, on, ROOT, timeout=280)
+        code, out = launch(command, on, ROOT, timeout=600)
         remove_shared_buffers(off)
         assert code == 0, out[-6000:]
         return out

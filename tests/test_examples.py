@@ -13,7 +13,7 @@ from launcher import ROOT, environment, launch
 
 def run_example(*command: str) -> str:
     """Run an example on four CPU ranks; its output."""
-    code, output = launch(4, *command, cwd=ROOT, timeout=300)
+    code, output = launch(4, *command, cwd=ROOT, timeout=600)
     assert code == 0, output[-4000:]
     return output
 

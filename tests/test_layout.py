@@ -290,7 +290,7 @@ def test_import_from_elsewhere(built, tmp_path):
 
     running = {unpacked: start(unpacked), ROOT: start(ROOT, theirs)}
     for base, process in running.items():
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-4000:]
         lines = dict(line.split(" ", 1) for line in out.splitlines() if " " in line)
         package, reference = map(Path, lines["imported"].split())
