@@ -55,10 +55,11 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
+    "lora": (set(), {"torch", "deepspeed", "peft"}),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"probe", "rates"}
+        | {"lora", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
