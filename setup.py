@@ -28,7 +28,7 @@ setup(
         "tools": TOOLS,
         # ruff is kept to one minor version: another one may format differently.
         "dev": [
-            *(*EXAMPLES, *TOOLS, "pytest>=8", "hypothesis>=6", "scipy>=1.13"),
+            *(*EXAMPLES, *TOOLS, "pytest>=8", "hypothesis>=6", "scipy>=1.13", "peft>=0.21"),
             *("ruff>=0.17,<0.18", "build>=1"),
             "openmpi>=5,<6; platform_system == 'Linux'",  # mpirun, and the library for mpi4py
         ],

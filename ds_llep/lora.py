@@ -11,11 +11,12 @@ in one tensor for all experts, which AutoEP has no place for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import sys
 import types
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -30,7 +31,7 @@ _INSTEAD = (
 )
 
 
-@contextmanager
+@contextlib.contextmanager
 def adapters_kept(model: torch.nn.Module, expert_parallel: Any) -> Iterator[torch.nn.Module]:
     """Around AutoEP's replacement of ``model``'s MoE blocks: no adapter is lost in it.
 
@@ -80,11 +81,24 @@ def _without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _save_pretrained(model: Any, *args: Any, renamed: dict[str, str], **kwargs: Any) -> None:
-    """PEFT's, with the names that parameters had before AutoEP."""
+    """PEFT's, with the names that parameters and modules had before AutoEP."""
     state = kwargs.pop("state_dict", None)
     state = model.state_dict() if state is None else state
     state = {renamed.get(name, name): value for name, value in state.items()}
-    type(model).save_pretrained(model, *args, state_dict=state, **kwargs)
+    with contextlib.ExitStack() as undo:  # PEFT saves what it finds in modules of the same name
+        for parent, new, old in {_difference(*names) for names in renamed.items()}:
+            children = model.get_submodule(parent)._modules
+            undo.callback(children.update, dict(children))  # in the same order as before
+            undo.callback(children.clear)
+            children[old] = children.pop(new)
+        type(model).save_pretrained(model, *args, state_dict=state, **kwargs)
+
+
+def _difference(new: str, old: str) -> tuple[str, str, str]:
+    """The module that two names have in common, and its child in each."""
+    parts = new.split("."), old.split(".")
+    common = os.path.commonprefix(parts)
+    return ".".join(common), parts[0][len(common)], parts[1][len(common)]
 
 
 def _wrappers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -98,23 +112,24 @@ def _wrappers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def _check(model: torch.nn.Module) -> None:
+    beside_experts = []
     for name, wrapper in _wrappers(model):
-        parent, _, leaf = name.rpartition(".")
         what = f"PEFT's {type(wrapper).__name__} at '{name}'"
-        inside = [leaf] + [
-            part for inner, _ in wrapper.named_modules() for part in inner.split(".")
-        ]
-        if "experts" in inside or "experts" in parent.split("."):
+        inside = {part for inner, _ in wrapper.named_modules() for part in inner.split(".")}
+        if "experts" in inside.union(name.split(".")):
             raise ValueError(
                 f"{what} adapts routed experts, which AutoEP cannot shard over the ranks of an EP "
                 f"group. {_INSTEAD}."
             )
+        parent, _, leaf = name.rpartition(".")
         # Shared experts and their gate are siblings that AutoEP takes over as they are.
         if hasattr(model.get_submodule(parent), "experts") and "shared" not in leaf:
-            raise ValueError(
-                f"{what} adapts a router, which AutoEP replaces by its own. Leave '{leaf}' out of "
-                "target_modules, target_parameters and modules_to_save."
-            )
+            beside_experts.append((what, leaf))
+    for what, leaf in beside_experts:
+        raise ValueError(
+            f"{what} adapts a router, which AutoEP replaces by its own. Leave '{leaf}' out of "
+            "target_modules, target_parameters and modules_to_save."
+        )
     for name, parameter in model.named_parameters():
         if "experts" in name.split(".") and parameter.dtype.itemsize == 1:
             raise ValueError(
@@ -159,7 +174,8 @@ def _without_moe_groups(configure: Callable, active: Container) -> Callable:
 
     @functools.wraps(configure)
     def wrapper(self, optimizer):
-        if optimizer is None or self not in active or trains_experts(self.module):
+        asked = self in active and self.zero_optimization_stage() < 3
+        if not asked or optimizer is None or trains_experts(self.module):
             return configure(self, optimizer)
         groups = optimizer.param_groups
         groups[:] = [group for group in groups if not group.get("moe")]
