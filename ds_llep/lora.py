@@ -49,20 +49,21 @@ def adapters_kept(model: torch.nn.Module, expert_parallel: Any) -> Iterator[torc
     """
     inner = _without_wrapper(model)
     _check(inner)
-    before = {
-        id(parameter): f"{name}.{rest}"
+    before = {  # parameters, not their ids: that of one that is gone may be given to another
+        parameter: f"{name}.{rest}"
         for name, wrapper in _wrappers(model)
         for rest, parameter in wrapper.named_parameters()
     }
     yield inner if expert_parallel.moe_layer_pattern is None else model
-    after = {id(parameter): name for name, parameter in model.named_parameters()}
-    lost = sorted(name for key, name in before.items() if key not in after)
+    after = {parameter: name for name, parameter in model.named_parameters()}
+    lost = sorted(name for parameter, name in before.items() if parameter not in after)
     if lost:
         raise ValueError(
             f"AutoEP has replaced the modules of {len(lost)} parameter(s) of PEFT adapters, first "
             f"'{lost[0]}': they would not be trained. {_INSTEAD}."
         )
-    renamed = {after[key]: name for key, name in before.items() if after[key] != name}
+    names = {after[parameter]: name for parameter, name in before.items()}
+    renamed = {new: old for new, old in names.items() if new != old}
     if not renamed:
         return
     if inner is model:
