@@ -37,6 +37,7 @@ from ds_llep.families import check_family
 from ds_llep.fetch import Exchange
 from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
+from ds_llep.lora import adapters_kept, wrap_engine
 from ds_llep.monitor import Statistics
 from ds_llep.probe import measure_rates
 from ds_llep.ranks import RankTable
@@ -74,10 +75,11 @@ def register() -> None:
             return original(self, model, *args, **kwargs)
         # What can be known now is refused before AutoEP shards the model.
         check_compatible(self._config)
-        check_family(model, self._config.expert_parallel_config)
         check_weight_source(config.weight_source, self._config.zero_config)
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
-        result = original(self, model, *args, **kwargs)
+        with adapters_kept(model, self._config.expert_parallel_config) as inner:
+            check_family(inner, self._config.expert_parallel_config)
+            result = original(self, inner, *args, **kwargs)
         _ACTIVE[self] = activate(self, model, config)
         return result
 
@@ -88,6 +90,7 @@ def register() -> None:
     register_optimizer_step_post_hook(weights_changed)
     for name in ("_take_model_step", "load_checkpoint"):
         setattr(DeepSpeedEngine, name, _then(getattr(DeepSpeedEngine, name), weights_changed))
+    wrap_engine(DeepSpeedEngine, _ACTIVE)
     reports = (("_take_model_step", Statistics.after_step), ("destroy", Statistics.flush))
     for name, report in reports:
         setattr(DeepSpeedEngine, name, _reporting(getattr(DeepSpeedEngine, name), report))

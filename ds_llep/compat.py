@@ -20,6 +20,13 @@ SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.22
 
 SEAMS = (
     (DeepSpeedEngine, "_configure_expert_parallel", ("self", "model")),
+    (DeepSpeedEngine, "_configure_zero_optimizer", ("self", "optimizer")),
+    (DeepSpeedEngine, "_configure_bf16_optimizer", ("self", "optimizer")),
+    (
+        DeepSpeedEngine,
+        "_zero3_consolidated_16bit_state_dict",
+        ("self", "exclude_frozen_parameters"),
+    ),
     (DeepSpeedEngine, "_take_model_step", ("self",)),
     (DeepSpeedEngine, "load_checkpoint", ("self", "load_dir")),
     (DeepSpeedEngine, "destroy", ("self",)),

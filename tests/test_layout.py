@@ -59,6 +59,7 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
+    "lora": (set(), {"torch", "deepspeed", "peft"}),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "families": ({"config", "gpt_oss"}, {"torch", "deepspeed.module_inject"}),
     "active": (
@@ -67,7 +68,7 @@ ROOMS = {
     ),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"active", "biased", "families", "gpt_oss", "probe", "rates"}
+        | {"active", "biased", "families", "gpt_oss", "lora", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
