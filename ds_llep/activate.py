@@ -23,6 +23,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups, logger
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ds_llep import export, load
 from ds_llep.compat import (
     check_compatible,
     install_hint,
@@ -81,6 +82,7 @@ def register() -> None:
     original = DeepSpeedEngine._configure_expert_parallel
     if hasattr(original, _MARK):
         return
+    load.register()
 
     @functools.wraps(original)
     def configure_expert_parallel(self, model, *args, **kwargs):
@@ -93,6 +95,7 @@ def register() -> None:
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
         result = original(self, model, *args, **kwargs)
         _ACTIVE[self] = activate(self, model, config)
+        export.register()
         return result
 
     setattr(configure_expert_parallel, _MARK, True)

@@ -226,7 +226,9 @@ def test_options_without_effect():
     assert found == ["combine_impl", "use_grouped_mm"]
 
 
-@pytest.mark.parametrize("what", [object(), None, torch.nn.Linear(1, 1), {}], ids=lambda what: type(what).__name__)
+@pytest.mark.parametrize(
+    "what", [object(), None, torch.nn.Linear(1, 1), {}], ids=lambda what: type(what).__name__
+)
 def test_status_of_no_engine(what):
     with pytest.raises(ValueError) as caught:
         ds_llep.status(what)

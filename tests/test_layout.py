@@ -55,15 +55,22 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
+    "load": ({"config"}, {"transformers", "deepspeed.runtime.zero"}),
+    "layouts": (set(), {"torch", "deepspeed.module_inject.auto_ep_config", "deepspeed.moe"}),
+    "whole": ({"layouts", "load", "shards"}, {"torch", "deepspeed"}),
+    "export": (
+        {"layer", "layouts", "whole"},
+        {"torch", "deepspeed", "transformers", "huggingface_hub", "safetensors"},
+    ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"probe", "rates"}
+        | {"export", "load", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
     "hf": ({"activate", "monitor"}, {"transformers"}),
-    "__init__": ({"activate", "compat", "config", "plan"}, set()),
+    "__init__": ({"activate", "compat", "config", "export", "plan"}, set()),
     "run": (set(), set()),
     "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),
