@@ -8,6 +8,7 @@ experts or refuse, are mended for engines with llep; these take the whole model'
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -50,19 +51,19 @@ def save_pretrained(
             its config describes, or if rank 0 cannot write.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from transformers.core_model_loading import revert_weight_conversion
 
     whole = WholeModel(engine)
     planned: Tensors = {}
     for block in whole.blocks_on_meta():
-        planned |= revert_weight_conversion(whole.model, block)
+        planned |= _as_saved(whole.model, block)
     split = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
-    writer = _Writer(Path(directory), split)
+    writer = _Writer(Path(directory), whole.model, split)
     _on_rank_0(writer.clear, directory)
-    for block in whole.blocks():
-        # One of the few exchanges between gathers, so that an error ends the work on every rank.
-        _on_rank_0(lambda: writer.add(revert_weight_conversion(whole.model, block)), directory)  # noqa: B023
-    _on_rank_0(lambda: writer.finish(whole.model, tokenizer), directory)
+    # Closed here and not by the garbage collector, since closing takes an exchange.
+    with contextlib.closing(whole.blocks()) as gathered:
+        for block in gathered:
+            _on_rank_0(functools.partial(writer.add, block), directory)
+    _on_rank_0(functools.partial(writer.finish, tokenizer), directory)
 
 
 def whole_state_dict(engine: Any) -> Tensors | None:
@@ -74,8 +75,9 @@ def whole_state_dict(engine: Any) -> Tensors | None:
         ValueError: as :func:`save_pretrained`.
     """
     found: Tensors = {}
-    for block in WholeModel(engine).blocks():
-        found |= block
+    with contextlib.closing(WholeModel(engine).blocks()) as gathered:
+        for block in gathered:
+            found |= block
     return found if dist.get_rank() == 0 else None
 
 
@@ -155,8 +157,9 @@ def _get_state_dict(original, accelerator, model, unwrap=True) -> Tensors | None
 class _Writer:
     """Rank 0's files: each is written when all of its tensors are there."""
 
-    def __init__(self, directory: Path, split: Any) -> None:
+    def __init__(self, directory: Path, model: Any, split: Any) -> None:
         self._directory = directory
+        self._model = model
         self._split = split
         self._files = dict(split.filename_to_tensors)
         self._waiting: Tensors = {}
@@ -167,17 +170,17 @@ class _Writer:
         for path in [*stale, self._directory / WEIGHTS, self._directory / INDEX]:
             path.unlink(missing_ok=True)
 
-    def add(self, tensors: Tensors) -> None:
+    def add(self, block: Tensors) -> None:
         from safetensors.torch import save_file
 
-        self._waiting |= tensors
+        self._waiting |= _as_saved(self._model, block)
         full = [file for file, names in self._files.items() if self._waiting.keys() >= set(names)]
         for file in full:
             ready = {name: self._waiting.pop(name) for name in self._files.pop(file)}
             ready = {name: tensor.contiguous() for name, tensor in ready.items()}
             save_file(ready, self._directory / file, metadata={"format": "pt"})
 
-    def finish(self, model: Any, tokenizer: Any) -> None:
+    def finish(self, tokenizer: Any) -> None:
         assert not self._waiting and not self._files, "not every tensor was written"
         if self._split.is_sharded:
             index = {
@@ -185,6 +188,7 @@ class _Writer:
                 "weight_map": self._split.tensor_to_filename,
             }
             (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        model = self._model
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.dtype = str(model.dtype).removeprefix("torch.")
@@ -193,6 +197,13 @@ class _Writer:
             model.generation_config.save_pretrained(self._directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(self._directory)
+
+
+def _as_saved(model: Any, block: Tensors) -> Tensors:
+    """In the checkpoint's names and layouts, where those are not the model's."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, block)
 
 
 def _on_rank_0(work: Callable[[], None], directory: str | Path) -> None:

@@ -72,6 +72,10 @@ def _in_blocks(load: Callable) -> Callable:
             messages, still_missing = load(model, block, load_config)
             errors += messages
             missing &= still_missing
+        # Saving reverts these. Of all that might apply, keep what did, as without ZeRO-3: a prefix
+        # that the files did not have is else added to them.
+        used = [each for each in model._weight_conversions or () if each.was_used()]
+        model._weight_conversions = used
         return errors, missing
 
     setattr(wrapper, _MARK, True)
