@@ -21,7 +21,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ds_llep import gpt_oss
+from ds_llep import export, gpt_oss, load
 from ds_llep.active import Activation, announce
 from ds_llep.biased import has_bias
 from ds_llep.compat import (
@@ -67,6 +67,7 @@ def register() -> None:
     original = DeepSpeedEngine._configure_expert_parallel
     if hasattr(original, _MARK):
         return
+    load.register()
 
     @functools.wraps(original)
     def configure_expert_parallel(self, model, *args, **kwargs):
@@ -81,6 +82,7 @@ def register() -> None:
             check_family(inner, self._config.expert_parallel_config)
             result = original(self, inner, *args, **kwargs)
         _ACTIVE[self] = activate(self, model, config)
+        export.register()
         return result
 
     setattr(configure_expert_parallel, _MARK, True)

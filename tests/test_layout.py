@@ -60,6 +60,13 @@ ROOMS = {
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
     "lora": (set(), {"torch", "deepspeed", "peft"}),
+    "load": ({"config"}, {"transformers", "deepspeed.runtime.zero"}),
+    "layouts": ({"biased"}, {"torch", "deepspeed.module_inject.auto_ep_config", "deepspeed.moe"}),
+    "whole": ({"layouts", "load", "shards"}, {"torch", "deepspeed"}),
+    "export": (
+        {"layer", "layouts", "whole"},
+        {"torch", "deepspeed", "transformers", "huggingface_hub", "safetensors"},
+    ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
     "families": ({"config", "gpt_oss"}, {"torch", "deepspeed.module_inject"}),
     "active": (
@@ -68,12 +75,12 @@ ROOMS = {
     ),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"active", "biased", "families", "gpt_oss", "lora", "probe", "rates"}
+        | {"active", "biased", "export", "families", "gpt_oss", "load", "lora", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
     "hf": ({"activate", "monitor"}, {"transformers"}),
-    "__init__": ({"activate", "compat", "config", "plan"}, set()),
+    "__init__": ({"activate", "compat", "config", "export", "plan"}, set()),
     "run": (set(), set()),
     "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),
