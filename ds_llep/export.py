@@ -24,6 +24,7 @@ from deepspeed.utils import logger
 
 from ds_llep.layer import LLEPMoELayer
 from ds_llep.layouts import Tensors
+from ds_llep.lora import adapter_state_dict, trains_experts
 from ds_llep.whole import WholeModel, is_of_transformers
 
 WEIGHTS = "model.safetensors"
@@ -140,9 +141,11 @@ def _consolidate(original, engine, exclude_frozen_parameters=False) -> Tensors |
     if not _is_ours(engine):
         return original(engine, exclude_frozen_parameters)
     if exclude_frozen_parameters:
+        if not trains_experts(engine.module):
+            return adapter_state_dict(engine)
         raise ValueError(
-            "exclude_frozen_parameters=True is not supported for a model of transformers under "
-            "llep. Leave it out: the whole model is saved."
+            "exclude_frozen_parameters=True is not supported where routed experts are trained. Leave "
+            "it out: the whole model is saved."
         )
     return whole_state_dict(engine)
 

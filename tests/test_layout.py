@@ -64,7 +64,7 @@ ROOMS = {
     "layouts": ({"biased"}, {"torch", "deepspeed.module_inject.auto_ep_config", "deepspeed.moe"}),
     "whole": ({"layouts", "load", "shards"}, {"torch", "deepspeed"}),
     "export": (
-        {"layer", "layouts", "whole"},
+        {"layer", "layouts", "lora", "whole"},
         {"torch", "deepspeed", "transformers", "huggingface_hub", "safetensors"},
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
