@@ -144,8 +144,8 @@ def _consolidate(original, engine, exclude_frozen_parameters=False) -> Tensors |
         if not trains_experts(engine.module):
             return adapter_state_dict(engine)
         raise ValueError(
-            "exclude_frozen_parameters=True is not supported where routed experts are trained. Leave "
-            "it out: the whole model is saved."
+            "exclude_frozen_parameters=True is not supported where routed experts are trained. "
+            "Leave it out: the whole model is saved."
         )
     return whole_state_dict(engine)
 
