@@ -25,7 +25,7 @@ from ds_llep.config import LLEPConfig
 from ds_llep.plan import make_plan
 
 DTYPES = {"bf16": 2, "fp32": 4}
-STAGES = range(4)
+STAGES = (0, 1, 2, 3)
 ROOM = 0.9
 """The share of a GPU that an estimate may fill: the rest is for what is not counted."""
 PARTS = {
@@ -78,83 +78,84 @@ def run(args: argparse.Namespace) -> int:
         ValueError: options that make no sense, together or for the model.
         OSError: a config that cannot be read.
     """
-    for name, least in (("micro_batch", 1), ("seq_len", 1), ("skew", 1), ("foreign_experts", 0)):
+    at_least_one = ("gpus", "ep_size", "micro_batch", "seq_len", "skew")
+    for name, least in (*((name, 1) for name in at_least_one), ("foreign_experts", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}; valid is {least} or more")
     output.check_rich()
     model = find_model(args.model)
-    about = (
+    print(
         f"{args.model}: {model.numel / 1e9:.1f} billion parameters, "
         f"{model.experts_numel / 1e9:.1f} of them in {model.moe_layers} x {model.num_experts} "
-        f"experts; {args.gpus} GPUs, {args.micro_batch} x {args.seq_len} tokens a GPU, "
+        f"experts\n{args.gpus} GPUs, {args.micro_batch} x {args.seq_len} tokens a GPU, "
         f"{args.dtype}, checkpointing {'on' if args.checkpointing else 'off'}, load ratio "
         f"{args.skew:g}"
     )
     if args.ep_size is not None and args.zero_stage is not None:
-        show_parts(about, args, model)
+        show_parts(args, model)
     else:
-        show_choices(about, args, model)
+        show_choices(args, model)
     return 0
 
 
-def show_parts(about: str, args: argparse.Namespace, model: ModelSize) -> None:
-    """What one choice's memory is made of."""
-    setup = make_setup(args, args.ep_size, args.zero_stage)
-    autoep, llep = (footprint(model, setup, routing) for routing in routings(args, model, setup))
-    _, plan = routings(args, model, setup)
-    rows = [
-        [part, gigabytes(of(llep, field)), gigabytes(of(autoep, field))]
-        for part, field in PARTS.items()
-    ]
-    title = (
-        f"{about}; EP {setup.ep_size}, ZeRO-{setup.zero_stage}; llep: load ratio "
-        f"{plan.load_ratio:.2f}, {plan.foreign_experts} foreign expert(s) a rank"
+def show_parts(args: argparse.Namespace, model: ModelSize) -> None:
+    """What the memory of one choice is made of."""
+    setup = make_setup(args, model, args.ep_size, args.zero_stage)
+    autoep, llep = routings(args, model, setup)
+    found = [footprint(model, setup, routing) for routing in (llep, autoep)]
+    rows = [[part, *(gigabytes(getattr(f, name)) for f in found)] for part, name in PARTS.items()]
+    columns = ["GB on one GPU", "llep", "AutoEP"]
+    output.table(f"EP {setup.ep_size}, ZeRO-{setup.zero_stage}", columns, rows)
+    print(
+        "Of a) and b) the larger one counts. llep plans a load ratio of "
+        f"{llep.load_ratio:.2f} with {llep.foreign_experts} foreign expert(s) on a GPU."
     )
-    output.table(title, ["GB on one GPU", "llep", "AutoEP"], rows)
-    print("Of a) and b) the larger one counts in the peak of backward.")
 
 
-def show_choices(about: str, args: argparse.Namespace, model: ModelSize) -> None:
-    """The peaks of all EP sizes and ZeRO stages that are possible, or of the one that is given."""
-    sizes = [n for n in range(1, args.gpus + 1) if args.gpus % n == model.num_experts % n == 0]
-    stages = [stage for stage in STAGES if stage or args.offload_optimizer is False]
-    stages = [stage for stage in stages if stage == 3 or not args.offload_param][-3:]
-    choices = itertools.product(
-        [args.ep_size] if args.ep_size is not None else sizes,
-        [args.zero_stage] if args.zero_stage is not None else stages,
-    )
+def show_choices(args: argparse.Namespace, model: ModelSize) -> None:
+    """The peaks at all EP sizes and ZeRO stages that are possible, or at the one that is given."""
+    both = range(1, min(args.gpus, model.num_experts) + 1)
+    sizes = [P for P in both if args.gpus % P == model.num_experts % P == 0]
+    stages = [3] if args.offload_param else [1, 2, 3]
     rows = []
-    for ep_size, stage in choices:
-        setup = make_setup(args, ep_size, stage)
-        found = [footprint(model, setup, routing) for routing in routings(args, model, setup)]
-        autoep, llep = found
-        rows.append(
-            [
-                ep_size,
-                stage,
-                gigabytes(llep.steady),
-                gigabytes(llep.peak),
-                verdict(llep, args.gpu_gb),
-                gigabytes(autoep.peak),
-                verdict(autoep, args.gpu_gb),
-            ]
-        )
-    columns = ["EP", "ZeRO", "states", "llep: peak", f"in {args.gpu_gb:g} GB", "AutoEP: peak", "?"]
-    columns[-1] = columns[4] + " "
-    output.table(f"{about}. GB on one GPU", columns, rows)
+    for ep_size, stage in itertools.product(
+        sizes if args.ep_size is None else [args.ep_size],
+        stages if args.zero_stage is None else [args.zero_stage],
+    ):
+        setup = make_setup(args, model, ep_size, stage)
+        autoep, llep = (footprint(model, setup, r) for r in routings(args, model, setup))
+        row = [ep_size, stage, gigabytes(llep.steady)]
+        for found in (llep, autoep):
+            row += [gigabytes(found.peak), verdict(found, args.gpu_gb)]
+        rows.append(row)
+    columns = ["EP", "ZeRO", "states", "llep: peak", "", "AutoEP: peak", ""]
+    output.table("GB on one GPU", columns, rows)
     print(
         f"fits: at most {ROOM:.0%} of {args.gpu_gb:g} GB, as CUDA, NCCL and the allocator need "
         "some; tight: at most all of it."
     )
 
 
-def make_setup(args: argparse.Namespace, ep_size: int, zero_stage: int) -> Setup:
+def make_setup(args: argparse.Namespace, model: ModelSize, ep_size: int, zero_stage: int) -> Setup:
     """The options with one EP size and ZeRO stage.
 
     Raises:
-        ValueError: options that do not go together.
+        ValueError: options that do not go together, or not with the model.
     """
+    if model.num_experts % ep_size:
+        raise ValueError(
+            f"--ep-size {ep_size} does not divide {model.num_experts} experts; every rank has as "
+            "many"
+        )
+    if args.gpus % ep_size:
+        raise ValueError(
+            f"--ep-size {ep_size} does not divide {args.gpus} GPUs; EP groups are equal"
+        )
+    if args.offload_param and zero_stage < 3:
+        raise ValueError(f"--offload-param needs ZeRO-3, and --zero-stage is {zero_stage}")
+    if args.offload_optimizer and zero_stage < 1:
+        raise ValueError("--offload-optimizer needs --zero-stage 1, 2 or 3, and it is 0")
     return Setup(
         gpus=args.gpus,
         ep_size=ep_size,
@@ -189,13 +190,6 @@ def routings(args: argparse.Namespace, model: ModelSize, setup: Setup) -> tuple[
         Routing(load_ratio=skew, foreign_experts=None),
         Routing(load_ratio=plan.load_ratio_after, foreign_experts=foreign),
     )
-
-
-def of(found: Footprint, field: str) -> float:
-    """A field's bytes."""
-    if field == "in_step":
-        return found.steady + found.workspace + found.step
-    return getattr(found, field)
 
 
 def gigabytes(nbytes: float) -> str:

@@ -40,11 +40,7 @@ class Buffers:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How a model is trained.
-
-    Raises:
-        ValueError: settings that DeepSpeed refuses or that fit no rank.
-    """
+    """How a model is trained."""
 
     gpus: int
     ep_size: int
@@ -57,21 +53,6 @@ class Setup:
     offload_optimizer: bool = False
     offload_param: bool = False
     buffers: Buffers = Buffers()
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "ep_size", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; valid is 1 or more")
-        if self.gpus % self.ep_size:
-            raise ValueError(
-                f"--ep-size {self.ep_size} does not divide {self.gpus} GPUs; EP groups are equal"
-            )
-        if self.offload_param and self.zero_stage < 3:
-            raise ValueError(
-                f"--offload-param needs ZeRO-3, and --zero-stage is {self.zero_stage}"
-            )
-        if self.offload_optimizer and self.zero_stage < 1:
-            raise ValueError("--offload-optimizer needs --zero-stage 1, 2 or 3")
 
     @property
     def edp_size(self) -> int:
@@ -120,30 +101,26 @@ class Footprint:
         return self.steady + around + max(self.loss, self.layer)
 
     @property
+    def in_step(self) -> float:
+        """The highest point of the optimizer's step."""
+        return self.steady + self.workspace + self.step
+
+    @property
     def peak(self) -> float:
-        return max(self.backward, self.steady + self.workspace + self.step)
+        return max(self.backward, self.in_step)
 
 
 def footprint(model: ModelSize, setup: Setup, routing: Routing) -> Footprint:
-    """What one GPU needs.
-
-    Raises:
-        ValueError: an EP size that does not divide the experts.
-    """
-    if model.num_experts % setup.ep_size:
-        raise ValueError(
-            f"--ep-size {setup.ep_size} does not divide {model.num_experts} experts; every rank "
-            "has as many"
-        )
-    b, stage = setup.element_bytes, setup.zero_stage
-    experts = model.experts_numel / setup.ep_size
+    """What one GPU needs; every rank has as many experts."""
+    assert model.num_experts % setup.ep_size == setup.gpus % setup.ep_size == 0
+    b = setup.element_bytes
+    of_experts, of_others = shares(setup, setup.zero_stage >= 3)
+    on_gpu = 0 if setup.offload_param else b
     foreign = routing.foreign_experts or 0
     kept, layer = activations(model, setup, routing)
     return Footprint(
-        expert_weights=0 if setup.offload_param else b * sharded(experts, 0, stage >= 3, setup),
-        other_weights=0
-        if setup.offload_param
-        else b * sharded(0, model.other_numel, stage >= 3, setup),
+        expert_weights=on_gpu * of_experts * model.experts_numel,
+        other_weights=on_gpu * of_others * model.other_numel,
         gradients=gradients(model, setup),
         optimizer=optimizer_states(model, setup),
         buckets=buckets(model, setup),
@@ -156,15 +133,20 @@ def footprint(model: ModelSize, setup: Setup, routing: Routing) -> Footprint:
     )
 
 
-def sharded(experts: float, others: float, is_sharded: bool, setup: Setup) -> float:
-    """Elements of a rank's parameters that are its own to hold.
+def shares(setup: Setup, is_sharded: bool) -> tuple[float, float]:
+    """The share of all routed experts, and of anything else, that a rank holds.
 
-    ZeRO divides a routed expert by the EDP group (``world / EP``), anything else by the world:
-    optimizer states from stage 1 on, gradients from stage 2 on, weights in stage 3.
+    A rank has its EP group's share of the experts. Beyond that, ZeRO divides experts by the EDP
+    group and anything else by the world: optimizer states from stage 1 on, gradients from stage 2
+    on, weights in stage 3. Both together divide experts by the world as well.
     """
-    if not is_sharded:
-        return experts + others
-    return experts / setup.edp_size + others / setup.gpus
+    return (1 / setup.gpus, 1 / setup.gpus) if is_sharded else (1 / setup.ep_size, 1)
+
+
+def own_numel(model: ModelSize, setup: Setup, is_sharded: bool) -> float:
+    """Parameters of which this rank holds what is or is not sharded."""
+    of_experts, of_others = shares(setup, is_sharded)
+    return of_experts * model.experts_numel + of_others * model.other_numel
 
 
 def gradients(model: ModelSize, setup: Setup) -> float:
@@ -174,9 +156,7 @@ def gradients(model: ModelSize, setup: Setup) -> float:
     """
     if setup.offload_optimizer and setup.zero_stage >= 2:
         return 0
-    experts = model.experts_numel / setup.ep_size
-    numel = sharded(experts, model.other_numel, setup.zero_stage >= 2, setup)
-    return setup.element_bytes * numel
+    return setup.element_bytes * own_numel(model, setup, setup.zero_stage >= 2)
 
 
 def optimizer_states(model: ModelSize, setup: Setup) -> float:
@@ -186,9 +166,8 @@ def optimizer_states(model: ModelSize, setup: Setup) -> float:
     """
     if setup.offload_optimizer:
         return 0
-    experts = model.experts_numel / setup.ep_size
-    numel = sharded(experts, model.other_numel, setup.zero_stage >= 1, setup)
     has_master = setup.zero_stage >= 1 or setup.element_bytes < FP32_BYTES
+    numel = own_numel(model, setup, setup.zero_stage >= 1)
     return numel * (MOMENTS_BYTES + has_master * MASTER_BYTES)
 
 
@@ -201,8 +180,8 @@ def buckets(model: ModelSize, setup: Setup) -> float:
     if setup.zero_stage == 0:
         return 0
     size = setup.buffers.reduce_bucket
-    local = model.experts_numel / setup.ep_size + model.other_numel
-    return setup.element_bytes * (size + (min(size, local) if setup.zero_stage >= 2 else 0))
+    copied = min(size, own_numel(model, setup, False)) if setup.zero_stage >= 2 else 0
+    return setup.element_bytes * (size + copied)
 
 
 def gathered(model: ModelSize, setup: Setup, routing: Routing) -> float:
@@ -233,20 +212,15 @@ def step_buffers(model: ModelSize, setup: Setup) -> float:
     """
     if setup.offload_optimizer:
         return 0
-    experts = model.experts_numel / setup.ep_size
+    is_fp32 = setup.element_bytes == FP32_BYTES
     if setup.zero_stage == 0:
-        is_fp32 = setup.element_bytes == FP32_BYTES
-        return 0 if is_fp32 else FP32_BYTES * (experts + model.other_numel)
+        return 0 if is_fp32 else FP32_BYTES * own_numel(model, setup, False)
     if setup.zero_stage < 3:
-        group = min(experts, _EXPERT_GROUP) / setup.edp_size
+        group = min(model.experts_numel / setup.ep_size, _EXPERT_GROUP) / setup.edp_size
         numel = max(group, model.other_numel / setup.gpus)
     else:
-        numel = min(
-            sharded(experts, model.other_numel, True, setup),
-            setup.buffers.sub_group,
-        )
-    copied = 0 if setup.element_bytes == FP32_BYTES else setup.element_bytes
-    return numel * (FP32_BYTES + copied)
+        numel = min(own_numel(model, setup, True), setup.buffers.sub_group)
+    return numel * (FP32_BYTES + (0 if is_fp32 else setup.element_bytes))
 
 
 def activations(model: ModelSize, setup: Setup, routing: Routing) -> tuple[float, float]:
@@ -258,10 +232,11 @@ def activations(model: ModelSize, setup: Setup, routing: Routing) -> tuple[float
     layers = model.layers * attention_bytes(model, setup)
     layers += model.moe_layers * moe_bytes(model, setup, routing) + dense_bytes(model, setup)
     working = moe_backward_bytes(model, setup, routing)
+    last_norm = (FP32_BYTES + 2 * b) * T * model.hidden_size
     if setup.checkpointing:
-        of_one = layers / model.layers
-        return b * T * model.hidden_size * model.layers, of_one + working
-    return layers, working
+        inputs = b * T * model.hidden_size * model.layers
+        return inputs + last_norm, layers / model.layers + working
+    return layers + last_norm, working
 
 
 def attention_bytes(model: ModelSize, setup: Setup) -> float:
