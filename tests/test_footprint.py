@@ -93,16 +93,16 @@ def measured(stage: int, ep_size: int, dtype: str, checkpointing: bool, seed: in
 CASES = [  # ZeRO stage, dtype, checkpointing; EP 2 of 4 ranks
     (0, "fp32", False),
     (1, "bf16", True),
-    (3, "fp32", False),
+    (3, "fp32", True),
 ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's counter sees other tests' memory")
 @pytest.mark.parametrize(("stage", "dtype", "checkpointing"), CASES)
 def test_agrees_with_what_is_measured(pools, seed, stage, dtype, checkpointing):
-    """States within 2 %; the peak within 10 % in fp32, 20 % in bf16, which the CPU's kernels widen.
+    """States within 1 %, the peak within 3 %: what depends on the random routing follows from it.
 
-    What depends on the routing, drawn at random, is predicted from the routing itself.
+    In bf16 within 20 %: the CPU's SwiGLU computes in fp32 copies, which a GPU's does not.
     """
     found = pools(4).run(measured, stage, 2, dtype, checkpointing, seed)
     most = {key: max(rank[key] for rank in found) for key in found[0]}
@@ -119,8 +119,9 @@ def test_agrees_with_what_is_measured(pools, seed, stage, dtype, checkpointing):
     routing = Routing(load_ratio=most["load_ratio"], foreign_experts=most["foreign"])
     predicted = footprint(measure_model(config()), setup, routing)
     assert predicted.workspace == most["workspace"]
-    assert predicted.steady == pytest.approx(most["steady"], rel=0.02)
-    within = 0.1 if dtype == "fp32" else 0.2
+    bucket = BUFFERS.reduce_bucket * setup.element_bytes if stage else 0  # outlives its backward
+    assert predicted.steady + bucket == pytest.approx(most["steady"], rel=0.01)
+    within = 0.03 if dtype == "fp32" else 0.2
     assert predicted.backward == pytest.approx(most["peak"], rel=within)
 
 
@@ -217,6 +218,30 @@ def test_what_must_hold_whatever_the_numbers(seed):
     assert autoep[0].steady == autoep[1].steady == found().steady
     offloaded = found(zero_stage=3, offload_optimizer=True, offload_param=True)
     assert offloaded.steady == 0 < offloaded.gathered
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gathered_weights(checkpointing):
+    """llep gathers a layer at a time; AutoEP's graph holds all layers' experts for backward."""
+    size = measure_model(config())
+    setup = Setup(
+        gpus=4,
+        ep_size=2,
+        zero_stage=3,
+        tokens=TOKENS,
+        element_bytes=2,
+        checkpointing=checkpointing,
+        buffers=BUFFERS,
+    )
+    llep, autoep = (
+        footprint(size, setup, Routing(load_ratio=1.0, foreign_experts=foreign)).gathered / 2
+        for foreign in (0, None)
+    )
+    of_a_layer = size.experts_numel / 2 / 3
+    assert llep == size.other_layer_numel + of_a_layer
+    assert autoep - llep == (
+        0 if checkpointing else 2 * of_a_layer + size.embedding_numel - size.other_layer_numel
+    )
 
 
 ARGUMENTS = ["memory", "--model", "gpt-oss-20b", "--gpus", "8"]

@@ -3,8 +3,7 @@
 Pure arithmetic: sizes in, bytes out. It says in a second what a trial run says in an hour, at the
 price of assumptions, which the functions below name. All parameters are trained, by AdamW, with
 gradient accumulation, and DeepSpeed 0.19.8's defaults hold where :class:`Buffers` has no other.
-Not counted: CUDA's context, NCCL's buffers, what the allocator loses to fragmentation, and memory
-of the host.
+Not counted: CUDA's context, NCCL's buffers, fragmentation, and memory of the host.
 
 Letters: ``T`` tokens of a rank, ``K`` experts per token, ``D`` hidden size, ``F`` expert FFN size,
 ``N`` rows that a rank computes, ``M`` experts at home on it, ``P`` ranks of the EP group, ``b``
@@ -18,8 +17,6 @@ from dataclasses import dataclass
 from ds_llep.bench.models import ModelSize
 from ds_llep.returns import BUNDLES_PER_ROUND
 
-MASTER_BYTES = 4
-MOMENTS_BYTES = 8
 FP32_BYTES = 4
 _EXPERT_GROUP = 178_956_971
 """Elements; DeepSpeed cuts the experts' parameter group of the optimizer at this size."""
@@ -168,7 +165,7 @@ def optimizer_states(model: ModelSize, setup: Setup) -> float:
         return 0
     has_master = setup.zero_stage >= 1 or setup.element_bytes < FP32_BYTES
     numel = own_numel(model, setup, setup.zero_stage >= 1)
-    return numel * (MOMENTS_BYTES + has_master * MASTER_BYTES)
+    return numel * FP32_BYTES * (2 + has_master)
 
 
 def buckets(model: ModelSize, setup: Setup) -> float:
@@ -185,8 +182,7 @@ def buckets(model: ModelSize, setup: Setup) -> float:
 
 
 def gathered(model: ModelSize, setup: Setup, routing: Routing) -> float:
-    """Whole weights under ZeRO-3: one layer and what is prefetched, or what is left alive for
-    reuse.
+    """Whole weights under ZeRO-3: a layer and what is prefetched, or what stays alive for reuse.
 
     Experts of an EDP group of one are whole already. AutoEP's autograd graph holds on to gathered
     experts, so without checkpointing those of all layers are there at the start of backward.
@@ -196,11 +192,16 @@ def gathered(model: ModelSize, setup: Setup, routing: Routing) -> float:
     moves_experts = setup.edp_size > 1 or setup.offload_param
     experts = model.experts_numel / setup.ep_size if moves_experts else 0
     others = model.other_numel if setup.gpus > 1 or setup.offload_param else 0
-    one = max(model.other_layer_numel + experts / model.moe_layers, model.embedding_numel)
-    alive = max(one + setup.buffers.prefetch_bucket, setup.buffers.max_live)
-    numel = min(experts + others, alive)
+
+    def alive(numel: float, of_a_layer: float) -> float:
+        at_once = max(of_a_layer, model.embedding_numel) + setup.buffers.prefetch_bucket
+        return min(numel, max(at_once, setup.buffers.max_live))
+
     if routing.foreign_experts is None and not setup.checkpointing:
-        numel = experts + min(others, alive)
+        numel = experts + alive(others, model.other_layer_numel)
+    else:
+        one = model.other_layer_numel + experts / model.moe_layers
+        numel = alive(experts + others, one)
     return setup.element_bytes * numel
 
 
