@@ -28,9 +28,11 @@ setup(
         "tools": TOOLS,
         # ruff is kept to one minor version: another one may format differently.
         "dev": [
-            *(*EXAMPLES, *TOOLS, "pytest>=8", "hypothesis>=6", "scipy>=1.13"),
-            *("ruff>=0.17,<0.18", "build>=1"),
+            *(*EXAMPLES, *TOOLS, "pytest>=8", "pytest-xdist>=3", "hypothesis>=6"),
+            "peft>=0.21",
+            *("scipy>=1.13", "ruff>=0.17,<0.18", "build>=1"),
             "openmpi>=5,<6; platform_system == 'Linux'",  # mpirun, and the library for mpi4py
+            "trl>=1.16,<2",  # for its example's test
         ],
     },
 )

@@ -16,7 +16,13 @@ if [[ ${1:-} == --lint-only ]]; then
     exit
 fi
 
+# Two at a time, whole files: one core idles while the ranks of the other test start. Not on GPUs,
+# which two tests would have to share.
+workers=()
+if "$python" -c 'import torch, xdist, sys; sys.exit(torch.cuda.device_count() > 0)' 2>/dev/null; then
+    workers=(-n 2 --dist loadfile)
+fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-"$python" -m pytest tests -q 2>&1 | tee "$log" || fail "test: FAILED: $(tail -n 1 "$log")"
+"$python" -m pytest tests -q "${workers[@]}" 2>&1 | tee "$log" || fail "test: FAILED: $(tail -n 1 "$log")"
 echo "make test: ok: $(tail -n 1 "$log"), $style"

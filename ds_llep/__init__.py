@@ -7,8 +7,9 @@ section the import changes nothing. See README.md for the section and how to use
 from ds_llep.activate import register, status
 from ds_llep.compat import __version__ as __version__
 from ds_llep.config import LLEPConfig
+from ds_llep.export import save_pretrained
 from ds_llep.plan import Plan, Spill, make_plan
 
-__all__ = ["LLEPConfig", "Plan", "Spill", "make_plan", "register", "status"]
+__all__ = ["LLEPConfig", "Plan", "Spill", "make_plan", "register", "save_pretrained", "status"]
 
 register()

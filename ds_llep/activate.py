@@ -10,9 +10,7 @@ process.
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -20,23 +18,26 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups, logger
+from deepspeed.utils import groups
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ds_llep import gpt_oss
+from ds_llep import export, gpt_oss, load
+from ds_llep.active import Activation, announce
 from ds_llep.biased import has_bias
 from ds_llep.compat import (
     check_compatible,
+    check_imported_in_time,
     install_hint,
-    overridden_options,
     seam_problems,
     version_problems,
 )
 from ds_llep.config import SECTION, LLEPConfig
 from ds_llep.experts import LLEPBiasedExperts, LLEPGroupedExperts
+from ds_llep.families import check_family
 from ds_llep.fetch import Exchange
 from ds_llep.kernels.select import select_kernels
 from ds_llep.layer import LayerContext, LLEPMoELayer
+from ds_llep.lora import adapters_kept, wrap_engine
 from ds_llep.monitor import Statistics
 from ds_llep.probe import measure_rates
 from ds_llep.ranks import RankTable
@@ -45,24 +46,6 @@ from ds_llep.recorder import Recorder, open_recorder
 from ds_llep.shards import check_weight_source, choose_weight_source, weights_changed
 
 _MARK = "_ds_llep_wrapped"
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What is active on one engine."""
-
-    config: LLEPConfig
-    layers: tuple[str, ...]
-    ep_size: int
-    edp_size: int
-    weight_source: str
-    weight_source_reason: str
-    nodes: tuple[int, ...]
-    """By global rank."""
-    rates: Rates | None
-    """None where nothing is planned by prices."""
-    rates_from: str | None
-    statistics: Statistics
 
 
 _ACTIVE: weakref.WeakKeyDictionary[DeepSpeedEngine, Activation] = weakref.WeakKeyDictionary()
@@ -84,6 +67,7 @@ def register() -> None:
     original = DeepSpeedEngine._configure_expert_parallel
     if hasattr(original, _MARK):
         return
+    load.register()
 
     @functools.wraps(original)
     def configure_expert_parallel(self, model, *args, **kwargs):
@@ -94,8 +78,11 @@ def register() -> None:
         check_compatible(self._config)
         check_weight_source(config.weight_source, self._config.zero_config)
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
-        result = original(self, model, *args, **kwargs)
+        with adapters_kept(model, self._config.expert_parallel_config) as inner:
+            check_family(inner, self._config.expert_parallel_config)
+            result = original(self, inner, *args, **kwargs)
         _ACTIVE[self] = activate(self, model, config)
+        export.register()
         return result
 
     setattr(configure_expert_parallel, _MARK, True)
@@ -105,6 +92,7 @@ def register() -> None:
     register_optimizer_step_post_hook(weights_changed)
     for name in ("_take_model_step", "load_checkpoint"):
         setattr(DeepSpeedEngine, name, _then(getattr(DeepSpeedEngine, name), weights_changed))
+    wrap_engine(DeepSpeedEngine, _ACTIVE)
     reports = (("_take_model_step", Statistics.after_step), ("destroy", Statistics.flush))
     for name, report in reports:
         setattr(DeepSpeedEngine, name, _reporting(getattr(DeepSpeedEngine, name), report))
@@ -189,32 +177,7 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
         statistics=statistics,
     )
     if dist.get_rank() == 0:
-        _say(
-            f"llep: active on {len(layers)} MoE layer(s), ep_size={ep_size}, "
-            f"edp_size={activation.edp_size}, planner={config.planner}, "
-            f"weight_source={weight_source} ({reason})"
-        )
-        if rates is not None:
-            _say(
-                f"llep: rates {rates} ({rates_from}); {max(activation.nodes) + 1} node(s) "
-                f"{table.nodes_from}"
-            )
-        overridden = overridden_options(engine._config.expert_parallel_config)
-        if overridden:
-            _say(
-                f"llep: without effect on balanced layers: {', '.join(overridden)} of "
-                '"expert_parallel"; llep dispatches, computes and combines by itself'
-            )
-        if config.monitor.enabled and not engine._config.monitor_config.enabled:
-            _say(
-                'llep: "llep.monitor" is enabled, but none of DeepSpeed\'s monitors is, so nothing '
-                'is written; enable "tensorboard", "wandb", "csv_monitor" or "comet"'
-            )
-        if recorder is not None:
-            _say(
-                f"llep: records what the router chooses to {recorder.path}, every "
-                f"{config.trace.interval} micro-batch(es), ranks 0 to {ep_size - 1}"
-            )
+        announce(activation, table, engine._config, recorder)
     return activation
 
 
@@ -232,6 +195,7 @@ def adopt(
         layer.__class__ = LLEPMoELayer
         balanced = LLEPBiasedExperts if has_bias(layer.experts) else LLEPGroupedExperts
         layer.experts.__class__ = balanced
+        layer.router_logits_capture_mode = "raw"  # the model's loss takes their softmax itself
         layer.llep = LayerContext(config, name, index, statistics, exchange, rates)
     return statistics
 
@@ -262,7 +226,7 @@ def status(engine: Any) -> dict[str, Any]:
         that the cache had), ``capped_tokens``.
 
     Raises:
-        ValueError: not a DeepSpeed engine.
+        ValueError: not a DeepSpeed engine, or one made before ds_llep was imported to balance it.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise ValueError(
@@ -271,6 +235,7 @@ def status(engine: Any) -> dict[str, Any]:
         )
     activation = _ACTIVE.get(engine)
     if activation is None:
+        check_imported_in_time(LLEPConfig.from_ds_config(engine._config._param_dict))
         return {"active": False}
     rates = activation.rates
     return {
@@ -287,11 +252,3 @@ def status(engine: Any) -> dict[str, Any]:
         "kernels": select_kernels(activation.config.kernels, torch.device(engine.device)).name,
         **activation.statistics.last(),
     }
-
-
-def _say(line: str) -> None:
-    # DeepSpeed's logger may be set to warnings only (HF Trainer does so); this line always shows.
-    if logger.isEnabledFor(logging.INFO):
-        logger.info(line)
-    else:
-        print(line, flush=True)

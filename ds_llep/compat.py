@@ -11,7 +11,7 @@ from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.runtime.engine import DeepSpeedEngine
 from packaging.version import Version
 
-from ds_llep.config import SECTION
+from ds_llep.config import SECTION, LLEPConfig
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,13 @@ SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.22
 
 SEAMS = (
     (DeepSpeedEngine, "_configure_expert_parallel", ("self", "model")),
+    (DeepSpeedEngine, "_configure_zero_optimizer", ("self", "optimizer")),
+    (DeepSpeedEngine, "_configure_bf16_optimizer", ("self", "optimizer")),
+    (
+        DeepSpeedEngine,
+        "_zero3_consolidated_16bit_state_dict",
+        ("self", "exclude_frozen_parameters"),
+    ),
     (DeepSpeedEngine, "_take_model_step", ("self",)),
     (DeepSpeedEngine, "load_checkpoint", ("self", "load_dir")),
     (DeepSpeedEngine, "destroy", ("self",)),
@@ -88,6 +95,20 @@ def check_compatible(ds_config: Any) -> None:
     if problems:
         raise ValueError(
             f'"{SECTION}" cannot be enabled: {problems[0]}. {install_hint("transformers")}'
+        )
+
+
+def check_imported_in_time(config: LLEPConfig) -> None:
+    """Refuse the section of an engine on which nothing is active.
+
+    Raises:
+        ValueError: it enables llep.
+    """
+    if config.enabled:
+        raise ValueError(
+            f'"{SECTION}.enabled" is true, but ds_llep was not imported yet when '
+            "deepspeed.initialize made this engine, so it runs without. Import ds_llep before "
+            "that, or use the module runner: deepspeed --module ds_llep.run train.py ..."
         )
 
 

@@ -6,11 +6,14 @@ built-in text is the language reference that ships with Python, and its tokens a
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DeepseekV3Config,
     MixtralConfig,
     PreTrainedConfig,
@@ -122,3 +125,21 @@ def token_blocks(documents: list[str], encode, seq_len: int, seed: int) -> torch
         raise ValueError(f"the data holds {len(tokens)} tokens, less than one block of {seq_len}")
     random.Random(seed).shuffle(starts)
     return torch.tensor([tokens[start : start + seq_len] for start in starts])
+
+
+def load(name: str, seed: int) -> tuple[torch.nn.Module, Callable[[str], list[int]]]:
+    """A built-in model or that of a Hugging Face path, and what turns text into its tokens.
+
+    Under ZeRO-3 transformers partitions it meanwhile, if `TrainingArguments` or an `Accelerator`
+    have told it so.
+    """
+    if name in BUILTIN_MODELS:
+        return builtin_model(name, seed), encode_bytes
+    model = AutoModelForCausalLM.from_pretrained(name)
+    model.config.use_cache = False
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return model, lambda text: tokenizer(text, verbose=False)["input_ids"]
+
+
+def on_gpu() -> bool:
+    return get_accelerator().device_name() == "cuda"

@@ -49,6 +49,7 @@ def parse_args():
     )
     add("--save", help="directory to write a DeepSpeed checkpoint to at the end")
     add("--resume", help="directory of a DeepSpeed checkpoint to go on from")
+    add("--save-hf", help="directory to write the model to at the end, for from_pretrained")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     return parser.parse_args()
 
@@ -65,18 +66,18 @@ def read_ds_config(args) -> dict:
 
 
 def load_model(args, ds_config: dict):
-    """The model and the function that turns text into tokens."""
+    """The model, the function that turns text into tokens, and the tokenizer if there is one."""
     if args.model in BUILTIN_MODELS:
-        return builtin_model(args.model, args.seed), encode_bytes
-    # Under ZeRO-3 this object, while it lives, makes from_pretrained partition as it loads.
+        return builtin_model(args.model, args.seed), encode_bytes, None
+    # Under ZeRO-3 this object, while it lives, makes from_pretrained partition as it loads; with
+    # llep on, one decoder layer at a time.
     hf_config = HfDeepSpeedConfig(ds_config)
     enabled = [name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[enabled[0]] if enabled else "float32"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     del hf_config
-    model.config.use_cache = False
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    return model, lambda text: tokenizer(text, verbose=False)["input_ids"]
+    return model, lambda text: tokenizer(text, verbose=False)["input_ids"], tokenizer
 
 
 def bias_routers(model: torch.nn.Module, skew: float) -> None:
@@ -107,7 +108,7 @@ def main():
         if rank == 0:
             tqdm.write(" ".join(words))
 
-    model, encode = load_model(args, ds_config)
+    model, encode, tokenizer = load_model(args, ds_config)
     blocks = token_blocks(read_documents(args.data), encode, args.seq_len, args.seed)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=ds_config
@@ -128,8 +129,16 @@ def main():
             raise SystemExit(f"no checkpoint under {args.resume}")
         first_step = client_state["step"]
         say(f"resumed from {path} after {first_step} steps")
+
+    def save_hf():
+        ds_llep.save_pretrained(engine, args.save_hf, tokenizer=tokenizer)
+        say(f"saved the model to {args.save_hf}")
+
     if first_step >= args.steps:
-        raise SystemExit(f"nothing to do: {first_step} steps are done, --steps is {args.steps}")
+        if not args.save_hf:
+            raise SystemExit(f"nothing to do: {first_step} steps are done, --steps is {args.steps}")
+        save_hf()
+        return
 
     micro_batch = engine.train_micro_batch_size_per_gpu()
     micro_steps = engine.gradient_accumulation_steps()
@@ -145,7 +154,7 @@ def main():
         # a block, and a resumed run goes on where the last one stopped.
         first = (micro_step * world + rank) * micro_batch
         batch = blocks[torch.arange(first, first + micro_batch) % len(blocks)].to(engine.device)
-        return engine(input_ids=batch, labels=batch).loss
+        return engine(input_ids=batch, labels=batch, use_cache=False).loss
 
     losses, before, after = [], [], []
     engine.train()
@@ -185,6 +194,8 @@ def main():
     if args.save:
         engine.save_checkpoint(args.save, client_state={"step": args.steps})
         say(f"saved a checkpoint to {args.save}")
+    if args.save_hf:
+        save_hf()
     if llep:
         report_layers(say, ds_llep.status(engine), before, after)
     if len(losses) > 1:

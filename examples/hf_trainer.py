@@ -11,8 +11,7 @@ import argparse
 
 import deepspeed
 import deepspeed.comm as dist
-from common import BUILTIN_MODELS, builtin_model, encode_bytes, read_documents, token_blocks
-from deepspeed.accelerator import get_accelerator
+from common import BUILTIN_MODELS, load, on_gpu, read_documents, token_blocks
 from transformers import Trainer, TrainingArguments
 
 import ds_llep
@@ -21,12 +20,12 @@ from ds_llep.hf import LLEPCallback
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description="Fine-tune a tiny Mixture-of-Experts model with Hugging Face's Trainer.",
+        description="Fine-tune a Mixture-of-Experts model with Hugging Face's Trainer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--deepspeed_config", required=True, help="DeepSpeed JSON")
-    add("--model", default="tiny-qwen3-moe", choices=BUILTIN_MODELS)
+    add("--model", default="tiny-qwen3-moe", help=f"{', '.join(BUILTIN_MODELS)}, or a HF path")
     add("--data", default="builtin", help='"builtin", a .txt file, or .jsonl with a "text" field')
     add("--steps", type=int, default=20)
     add("--seq-len", type=int, default=128)
@@ -40,7 +39,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    on_gpu = get_accelerator().device_name() == "cuda"
     deepspeed.init_distributed()  # on CPU, accelerate leaves this to the script
     # Before the model: under ZeRO-3 these make transformers partition parameters as it creates
     # them.
@@ -51,15 +49,15 @@ def main():
         per_device_train_batch_size=args.micro_batch,
         learning_rate=args.lr,
         lr_scheduler_type="constant",
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
+        bf16=on_gpu(),
+        use_cpu=not on_gpu(),
         logging_steps=5,
         save_strategy="no",
         report_to="none",
         seed=args.seed,
     )
-    model = builtin_model(args.model, args.seed)
-    blocks = token_blocks(read_documents(args.data), encode_bytes, args.seq_len, args.seed)
+    model, encode = load(args.model, args.seed)
+    blocks = token_blocks(read_documents(args.data), encode, args.seq_len, args.seed)
     trainer = Trainer(
         model=model,
         args=training_args,

@@ -8,6 +8,7 @@ that rounding cannot send a token elsewhere.
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from unittest import mock
 
@@ -225,20 +226,35 @@ def average_gradients(model: torch.nn.Module) -> None:
             parameter.grad /= dist.get_world_size()
 
 
-def autoep_view(name: str, tensor: torch.Tensor | None, ep_size: int) -> dict:
-    """An unsharded tensor under AutoEP's name, cut to the experts of this rank."""
+def autoep_view(
+    name: str, tensor: torch.Tensor | None, ep_size: int, is_gpt_oss: bool = False
+) -> dict:
+    """An unsharded tensor under AutoEP's name, cut to the experts of this rank.
+
+    gpt-oss' biases by themselves, as ``w1_bias`` and so on.
+    """
     if tensor is None:
         return {name: None}
     if name.endswith("mlp.gate.weight"):
         return {name.replace("mlp.gate", "mlp.router.gate"): tensor}
+    if ".mlp.router." in name:
+        return {name.replace("mlp.router", "mlp.router.gate"): tensor}
+    if ".mlp.shared_expert" in name:  # some families have them in the plural, as AutoEP does
+        return {re.sub(r"\.shared_expert(_gate)?\.", r".shared_experts\1.", name): tensor}
     if ".mlp.experts." not in name:
         return {name: tensor}
     ep_size = fit(ep_size)
     per_rank = tensor.shape[0] // ep_size
     ep_rank = dist.get_rank() % ep_size
     tensor = tensor[ep_rank * per_rank : (ep_rank + 1) * per_rank]
-    prefix = name[: name.rindex(".")]
-    if name.endswith("down_proj"):
+    prefix, _, kind = name.rpartition(".")
+    if is_gpt_oss:
+        kind, bias, _ = kind.partition("_bias")
+        wide = tensor if bias else tensor.transpose(1, 2)
+        if kind == "down_proj":
+            return {f"{prefix}.w2{bias}": wide}
+        return {f"{prefix}.w1{bias}": wide[:, ::2], f"{prefix}.w3{bias}": wide[:, 1::2]}
+    if kind == "down_proj":
         return {f"{prefix}.w2": tensor}
     half = tensor.shape[1] // 2
     return {f"{prefix}.w1": tensor[:, :half], f"{prefix}.w3": tensor[:, half:]}

@@ -38,7 +38,7 @@ class RankPool:
         self._pipes: list[Any] = []
         self._port: int | None = None
 
-    def run(self, function: Callable, *args: Any, timeout: float = 240, **kwargs: Any) -> list:
+    def run(self, function: Callable, *args: Any, timeout: float = 600, **kwargs: Any) -> list:
         """Call ``function`` on every rank; the list of what it returned, by rank.
 
         Raises:

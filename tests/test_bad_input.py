@@ -28,7 +28,7 @@ from ds_llep import activate, compat
 from ds_llep.fetch import Exchange
 from ds_llep.ranks import RankTable
 
-TIMEOUT = 60
+TIMEOUT = 300
 
 
 def moe(num_experts: int = 8) -> torch.nn.Module:
@@ -356,7 +356,7 @@ def test_launched_job_ends(source, tmp_path):
     all groups exchange their counts and all ranks raise.
     """
     (tmp_path / "train.py").write_text(SCRIPT.replace("SOURCE", source))
-    code, out = launch(4, "train.py", cwd=tmp_path, timeout=180)
+    code, out = launch(4, "train.py", cwd=tmp_path, timeout=600)
     assert code != 0, out[-4000:]
     assert out.count("did step 0") == 4, out[-4000:]
     assert "did step 1" not in out

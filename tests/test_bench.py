@@ -179,7 +179,7 @@ def test_published_options(tmp_path):
         + ["-m", "ds_llep", "bench", *options.split(), "--imbalance_configs", "30:4,80:local"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
         cwd=tmp_path,
     )
@@ -197,7 +197,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "ds_llep", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment(OMP_NUM_THREADS="1"),
         cwd=ROOT,
     )

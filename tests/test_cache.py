@@ -238,7 +238,7 @@ def together_and_alone(stages: tuple[int, int], seed: int) -> dict:
 @pytest.mark.parametrize("stages", [(2, 2), (3, 2), (2, 3)], ids=str)
 def test_two_engines(pools, stages, seed):
     """They share the memory, and all ranks must agree on what still lies there."""
-    results = pools(4).run(together_and_alone, stages, seed, timeout=100)
+    results = pools(4).run(together_and_alone, stages, seed, timeout=300)
     for result in results:
         assert result["different"] == [[], []], (seed, result["different"])
         assert min(result["spilled"][1]) > 0

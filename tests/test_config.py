@@ -54,6 +54,7 @@ CHOICES = {
 }
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 WORLDS = {
+    "accelerate_zero3_ep2.json": [2, 4],
     "demo_cpu_monitored.json": [4],
     "demo_cpu_zero3_ep2.json": [4],
     "demo_gpu_zero3_ep2.json": [2, 4],
@@ -359,7 +360,7 @@ def no_constant(name: str):
 
 
 def as_trainer_fills(config: dict, world: int) -> dict:
-    """The config with each "auto" outside of "llep" replaced, as HF Trainer does it."""
+    """The config with each "auto" outside of "llep" replaced, as HF Trainer or Accelerate do it."""
     filled = {
         "train_batch_size": world,
         "train_micro_batch_size_per_gpu": 1,
@@ -374,13 +375,13 @@ def as_trainer_fills(config: dict, world: int) -> dict:
         if config.get(key) in ("auto", {"enabled": "auto"}):
             config[key] = value
     optimizer = dict(config["optimizer"]["params"])
-    optimizer.update({k: v for k, v in params.items() if optimizer[k] == "auto"})
+    optimizer.update({k: v for k, v in params.items() if optimizer.get(k) == "auto"})
     config["optimizer"] = {**config["optimizer"], "params": optimizer}
     return config
 
 
 def test_every_shipped_config_has_a_world():
-    assert {path.name for path in CONFIGS.iterdir()} == set(WORLDS)
+    assert {path.name for path in CONFIGS.glob("*.json")} == set(WORLDS)
 
 
 @pytest.mark.parametrize(

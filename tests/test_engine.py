@@ -132,7 +132,7 @@ def priced(stage: int, section: dict, seed: int) -> dict:
         return make_plan(counts_PE, config, costs, nodes_P)
 
     with (
-        mock.patch("ds_llep.activate._say", said.append),
+        mock.patch("ds_llep.active._say", said.append),
         mock.patch("ds_llep.layer.make_plan", plan),
     ):
         config = engines.ds_config(stage, 2, "bf16", section)

@@ -13,7 +13,7 @@ from launcher import ROOT, environment, launch
 
 def run_example(*command: str) -> str:
     """Run an example on four CPU ranks; its output."""
-    code, output = launch(4, *command, cwd=ROOT, timeout=300)
+    code, output = launch(4, *command, cwd=ROOT, timeout=600)
     assert code == 0, output[-4000:]
     return output
 
@@ -44,21 +44,6 @@ def test_finetune_save_and_resume(tmp_path):
     assert resumed < start - (start - middle) / 2, "the second half began anew"
     before, after = re.search(r"mean load ratio ([\d.]+) -> ([\d.]+)", second).groups()
     assert float(after) < float(before)
-
-
-def test_hf_trainer(tmp_path):
-    """HF Trainer through accelerate: the JSON alone switches llep on, the callback logs."""
-    output = run_example(
-        *("examples/hf_trainer.py", "--deepspeed_config"),
-        *("ds_configs/hf_trainer_zero3_ep2.json", "--steps", "10", "--seq-len", "64"),
-        *("--output-dir", str(tmp_path)),
-    )
-    start, end = final_line(output)
-    assert end < start
-    assert "llep: active on 4 MoE layer(s)" in output
-    ratios = re.findall(r"step \d+: loss [\d.]+, load ratio ([\d.]+) -> ([\d.]+)", output)
-    assert len(ratios) == 2  # the config logs each 5 of 10 steps
-    assert all(float(after) < float(before) for before, after in ratios)
 
 
 @pytest.mark.parametrize("script", ["finetune.py", "hf_trainer.py"])

@@ -59,15 +59,28 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
+    "lora": (set(), {"torch", "deepspeed", "peft"}),
+    "load": ({"config"}, {"transformers", "deepspeed.runtime.zero"}),
+    "layouts": ({"biased"}, {"torch", "deepspeed.module_inject.auto_ep_config", "deepspeed.moe"}),
+    "whole": ({"layouts", "load", "shards"}, {"torch", "deepspeed"}),
+    "export": (
+        {"layer", "layouts", "lora", "whole"},
+        {"torch", "deepspeed", "transformers", "huggingface_hub", "safetensors"},
+    ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
+    "families": ({"config", "gpt_oss"}, {"torch", "deepspeed.module_inject"}),
+    "active": (
+        {"compat", "config", "monitor", "ranks", "rates", "recorder"},
+        {"deepspeed.utils"},
+    ),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"biased", "gpt_oss", "probe", "rates"}
+        | {"active", "biased", "export", "families", "gpt_oss", "load", "lora", "probe", "rates"}
         | KERNELS,
         {"torch", "deepspeed"},
     ),
     "hf": ({"activate", "monitor"}, {"transformers"}),
-    "__init__": ({"activate", "compat", "config", "plan"}, set()),
+    "__init__": ({"activate", "compat", "config", "export", "plan"}, set()),
     "run": (set(), set()),
     "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),
@@ -285,7 +298,7 @@ def test_import_from_elsewhere(built, tmp_path):
 
     running = {unpacked: start(unpacked), ROOT: start(ROOT, theirs)}
     for base, process in running.items():
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-4000:]
         lines = dict(line.split(" ", 1) for line in out.splitlines() if " " in line)
         package, reference = map(Path, lines["imported"].split())

@@ -178,7 +178,7 @@ def test_training_under_mpi(tmp_path, seed):
     with mock.patch.dict(os.environ):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-        code, out = run(command, port, cwd=tmp_path, timeout=210)
+        code, out = run(command, port, cwd=tmp_path, timeout=600)
     assert code == 0, out[-6000:]
     assert "1 node(s) from MPI" in out, out[-6000:]
     for rank in range(4):

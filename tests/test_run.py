@@ -70,7 +70,7 @@ def run(tmp_path: Path, ranks: int, launcher_args: list[str], target: list[str])
     (tmp_path / "ds.json").write_text(json.dumps(config))
     script_args = ["--out", str(tmp_path), "--deepspeed_config", "ds.json", "two words", ""]
     command = [*launcher_args, "--module", "ds_llep.run", *target, *script_args]
-    code, out = launch(ranks, *command, cwd=tmp_path, timeout=180)
+    code, out = launch(ranks, *command, cwd=tmp_path, timeout=600)
     assert code == 0, out[-6000:]
     assert "llep: active on 2 MoE layer(s)" in out
     seen = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(ranks)]

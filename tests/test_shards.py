@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_llep import shards
@@ -116,7 +116,6 @@ def requests(draw):
 
 
 @given(requests())
-@settings(deadline=None)
 def test_directory(request):
     """Played with a workspace of labels: every expert asked for is in its place."""
     size, asked = request

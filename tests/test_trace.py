@@ -419,7 +419,7 @@ def test_foreign_file(tmp_path):
         Trace.load(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_file(data, tmp_path_factory):
     """Cut short or with wrong bytes, it reads as what was written or is a ``ValueError``."""

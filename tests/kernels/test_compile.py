@@ -25,7 +25,7 @@ def test_all_kernels_compile(tmp_path):
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode == NO_COMPILER:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import config_of, scatter
 
@@ -79,7 +79,6 @@ def problems(draw):
     return scatter(load_E, P, draw(st.integers(0, 2**32))), config
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_agrees_with_the_host(problem):
     same_as_the_host(*problem)

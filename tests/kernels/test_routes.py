@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import CHEAP_SPILLS, draw_nodes, shares
 
@@ -205,7 +205,6 @@ def check_maps(maps, route, goes, rank: int) -> None:
         assert found.dtype == torch.int32 and found.tolist() == one.tolist()
 
 
-@settings(deadline=None)
 @given(routings())
 def test_routes_meet(routing):
     ids, plan = routing
@@ -215,7 +214,7 @@ def test_routes_meet(routing):
         check_maps(maps, route, goes, rank)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(routings(), st.integers(0, 9))
 def test_triton_makes_the_same_maps(small_blocks, routing, rank):
     ids, plan = routing
