@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from ds_llep.kernels import grouped_gemm, reference, rows, select
+from ds_llep.kernels import grouped_gemm, reference, reference_mlp, rows, select
 from ds_llep.kernels.select import select_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -26,8 +26,9 @@ def test_sets_are_complete():
         if name in ("plan_lla", "find_runs"):
             assert twin is None  # the host plans
         else:
-            room = reference if hasattr(reference, name) else grouped_gemm
-            assert twin is getattr(room, renamed.get(name, name))
+            name = renamed.get(name, name)
+            rooms = reference, reference_mlp, grouped_gemm
+            assert twin is next(getattr(room, name) for room in rooms if hasattr(room, name))
 
 
 def test_without_triton(monkeypatch):
