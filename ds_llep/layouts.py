@@ -77,7 +77,7 @@ def fused_experts(
     if spec.expert_w3_name is None:
         shapes = (tuple(hf_shapes[name]) for name in (spec.expert_w1_name, spec.expert_w2_name))
         if classify_fused_gate_up_layout(*shapes).needs_transpose:
-            return {name: tensor.transpose(1, 2) for name, tensor in found.items()}
+            return {name: tensor.transpose(1, 2).contiguous() for name, tensor in found.items()}
     return found
 
 
@@ -98,11 +98,11 @@ def interleaved_experts(
     gate, gate_bias = split(experts["w1"], spec.ffn_hidden_size)
     up, up_bias = split(experts["w3"], spec.ffn_hidden_size)
     down, down_bias = split(experts["w2"], spec.hidden_size)
-    return {
-        "gate_up_proj": _interleave(gate, up).transpose(1, 2),
+    return {  # each in memory of its own: transformers takes views of one tensor for tied weights
+        "gate_up_proj": _interleave(gate, up).transpose(1, 2).contiguous(),
         "gate_up_proj_bias": _interleave(gate_bias, up_bias),
-        "down_proj": down.transpose(1, 2),
-        "down_proj_bias": down_bias,
+        "down_proj": down.transpose(1, 2).contiguous(),
+        "down_proj_bias": down_bias.clone(),
     }
 
 

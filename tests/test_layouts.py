@@ -75,6 +75,8 @@ def test_gpt_oss(seed):
     assert found.keys() == {f"experts.{name}" for name in expected}
     for name, value in expected.items():
         assert torch.equal(found[f"experts.{name}"], value)
+    assert all(value.is_contiguous() for value in found.values())
+    assert len({value.untyped_storage().data_ptr() for value in found.values()}) == len(found)
 
 
 @pytest.mark.parametrize(
