@@ -112,7 +112,7 @@ def save(
         ("deepseek_v3", 0, 2, "fp32", True),
         ("qwen3_5_moe", 3, 2, "fp32", False),
         ("minimax_m3", 1, 2, "bf16", True),
-        ("gpt_oss", 3, 2, "bf16", True),
+        ("gpt_oss", 2, 4, "bf16", True),
     ],
 )
 def test_saves_what_transformers_saves(pools, family, stage, ep_size, dtype, llep, tmp_path, seed):
