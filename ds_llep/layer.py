@@ -64,7 +64,8 @@ class LayerContext:
         self.planning, self.workspace_size = self.config.with_room(
             expert_bytes, f" of MoE layer '{self.name}'", f" in {like.dtype}"
         )
-        _, ffn_size, hidden_size = whole_shape(weights[0])
+        # Each one's columns: below its rows there may be those of a bias.
+        hidden_size, ffn_size = (whole_shape(weight)[2] for weight in weights[:2])
         fetches = 1 if self.config.backward_weights == "keep" else 2
         self.costs = self.rates.costs(
             hidden_size, ffn_size, top_k, ep_size, like.element_size(), fetches

@@ -49,7 +49,7 @@ def open_recorder(config: LLEPConfig, layers: Mapping[str, Any], ep_size: int) -
             "layer_names": list(layers),
             "top_k": [layer.top_k for layer in layers.values()],
             "hidden_size": [layer.hidden_size for layer in layers.values()],
-            "ffn_size": [whole_shape(layer.experts.w1)[1] for layer in layers.values()],
+            "ffn_size": [whole_shape(layer.experts.w2)[2] for layer in layers.values()],
             "ep_size": ep_size,
             "llep": config.model_dump(),
         }

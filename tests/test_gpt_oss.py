@@ -158,6 +158,9 @@ def train(stage: int, llep: bool, seed: int, directory: str) -> dict:
         inputs = engines.batch(torch.float32, seed + step)
         engine.backward(engine(**inputs).loss)
         engine.step()
+    for layer in engines.moe_layers(engine.module) if llep else ():
+        context = layer.llep
+        assert context.costs == context.rates.costs(32, 48, 2, 2, 4, 2), "biases taken for size"
     state = engines.full_state(engine)
     engine.save_checkpoint(directory)
     engine.destroy()
