@@ -25,6 +25,7 @@ from deepspeed.utils import logger
 from ds_llep.layer import LLEPMoELayer
 from ds_llep.layouts import Tensors
 from ds_llep.lora import adapter_state_dict, trains_experts
+from ds_llep.ranks import on_rank_0
 from ds_llep.whole import WholeModel, is_of_transformers
 
 WEIGHTS = "model.safetensors"
@@ -211,16 +212,10 @@ def _as_saved(model: Any, block: Tensors) -> Tensors:
 
 def _on_rank_0(work: Callable[[], None], directory: str | Path) -> None:
     """Rank 0's error becomes an error on every rank."""
-    failure = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except Exception as error:  # whatever it is, the others wait for it
-            failure = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
+    _, failure = on_rank_0(work)
+    if failure is not None:
         raise ValueError(
-            f"rank 0 cannot save the model to {str(directory)!r} ({failure[0]}). Name a directory "
-            "that rank 0 may write to and that has room for the whole model. What is there now is "
-            "not complete."
+            f"rank 0 cannot save the model to {str(directory)!r} ({': '.join(failure)}). Name a "
+            "directory that rank 0 may write to and that has room for the whole model. What is "
+            "there now is not complete."
         )

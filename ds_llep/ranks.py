@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import deepspeed.comm as dist
 import numpy as np
@@ -153,3 +154,18 @@ def _all_gather(value: object) -> list:
 def _numbered(nodes: Sequence[Hashable]) -> list[int]:
     number = {node: index for index, node in enumerate(dict.fromkeys(nodes))}
     return [number[node] for node in nodes]
+
+
+def on_rank_0(work: Callable[[], Any]) -> tuple[Any, tuple[str, str] | None]:
+    """What rank 0 gets from it, and the error that it ends in, by type and text: on every rank.
+
+    A collective over all processes.
+    """
+    answer: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [(work(), None)]
+        except Exception as error:  # whatever it is, the others wait for an answer
+            answer = [(None, (type(error).__name__, str(error)))]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]

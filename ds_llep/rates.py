@@ -21,6 +21,7 @@ import deepspeed.comm as dist
 from ds_llep.config import SECTION, CostConfig, GivenRates
 from ds_llep.costs import Costs
 from ds_llep.kernels.planner_cost import library
+from ds_llep.ranks import on_rank_0
 
 PICOSECONDS = 10**12
 UNITS = {
@@ -180,16 +181,9 @@ def _save(values: dict[str, float], path: str | None) -> None:
 
 def _on_first_rank(work: Callable[[], object]) -> object:
     """What rank 0 gets; its error on every rank."""
-    answer: list = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [(work(), None)]
-        except Exception as error:  # whatever it is, the others wait for an answer
-            answer = [(None, str(error))]
-    dist.broadcast_object_list(answer, src=0)
-    result, error = answer[0]
-    if error is not None:
-        raise ValueError(error)
+    result, failure = on_rank_0(work)
+    if failure is not None:
+        raise ValueError(failure[1])
     return result
 
 

@@ -34,7 +34,7 @@ ROOMS = {
     "mlp": ({"activation", "biased"} | KERNELS, {"numpy", "torch"}),
     "gpt_oss": ({"biased"}, {"torch", "deepspeed.module_inject", "deepspeed.moe.ep_repack"}),
     "ranks": (set(), {"numpy", "torch", "deepspeed.comm"}),
-    "rates": ({"config", "costs", "kernels.planner_cost"}, {"deepspeed.comm"}),
+    "rates": ({"config", "costs", "kernels.planner_cost", "ranks"}, {"deepspeed.comm"}),
     "probe": (
         {"config", "ranks", "rates"} | KERNELS,
         {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"},
@@ -64,7 +64,7 @@ ROOMS = {
     "layouts": ({"biased"}, {"torch", "deepspeed.module_inject.auto_ep_config", "deepspeed.moe"}),
     "whole": ({"layouts", "load", "shards"}, {"torch", "deepspeed"}),
     "export": (
-        {"layer", "layouts", "lora", "whole"},
+        {"layer", "layouts", "lora", "ranks", "whole"},
         {"torch", "deepspeed", "transformers", "huggingface_hub", "safetensors"},
     ),
     "compat": ({"config"}, {"packaging", "deepspeed"}),
