@@ -78,9 +78,11 @@ def register() -> None:
         check_compatible(self._config)
         check_weight_source(config.weight_source, self._config.zero_config)
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
-        with adapters_kept(model, self._config.expert_parallel_config) as inner:
-            check_family(inner, self._config.expert_parallel_config)
+        expert_parallel = self._config.expert_parallel_config
+        with adapters_kept(model, expert_parallel) as (inner, adapters):
+            check_family(inner, expert_parallel)
             result = original(self, inner, *args, **kwargs)
+            adapters.attach(result)
         _ACTIVE[self] = activate(self, model, config)
         export.register()
         return result

@@ -31,16 +31,28 @@ from ds_llep.activation import Activation
 from ds_llep.dispatch import DispatchBackward
 from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.kernels.select import KernelSet
-from ds_llep.mlp import GatedMLPs
+from ds_llep.mlp import GatedMLPs, Scales
 from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
 from ds_llep.timeline import part
 
 
 class LLEPGroupedExperts(GroupedExperts):
-    """AutoEP's grouped experts, same parameters, that also compute foreign experts."""
+    """AutoEP's grouped experts, same parameters, that also compute foreign experts.
+
+    Adapters (`ds_llep.expert_lora`) add parameters of their own.
+    """
 
     has_bias = False
+    factor_names: tuple[str, ...] = ()
+    """Parameters with the adapters' factors, in the order of :meth:`GatedMLPs.of`."""
+    scales = Scales()
+    """The adapters'."""
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """All that is an expert's own, each ``[M, ., .]``."""
+        return self.w1, self.w2, self.w3, *(getattr(self, name) for name in self.factor_names)
 
     def forward(
         self,
@@ -76,8 +88,9 @@ class LLEPGroupedExperts(GroupedExperts):
             activation=activation,
             hidden_size=home_rows.shape[1],
             has_bias=self.has_bias,
+            scales=self.scales,
         )
-        return _ExpertMLP.apply(*inputs, self.w1, self.w2, self.w3, job, mlps)
+        return _ExpertMLP.apply(*inputs, job, mlps, *self.weights)
 
 
 class LLEPBiasedExperts(LLEPGroupedExperts):
@@ -113,10 +126,10 @@ class ExpertJob:
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, home_rows, foreign_rows, scores_N, arrived_UK, w1, w2, w3, job, mlps):
+    def forward(ctx, home_rows, foreign_rows, scores_N, arrived_UK, job, mlps, *weights):
         scores_home, scores_foreign = _split(scores_N, len(home_rows))
         with _no_autocast(home_rows):
-            home = mlps(_in_dtype_of(home_rows, w1, w2, w3), job.home_counts)
+            home = mlps(_in_dtype_of(home_rows, *weights), job.home_counts)
             with part("fetch"):
                 job.foreign.start()
             with part("home experts"):
@@ -129,10 +142,10 @@ class _ExpertMLP(torch.autograd.Function):
         # The same number of tensors on every rank: activation checkpointing counts them.
         ctx.save_for_backward(
             *(home_rows, foreign_rows, scores_N, arrived_UK),
-            *(w1, w2, w3),
             *hidden_home,
             *hidden_foreign,
             bundles.clone() if job.keep_foreign else None,
+            *weights,
         )
         ctx.settings = job, mlps
         return out_home, out_foreign
@@ -140,16 +153,18 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, home_grad, foreign_grad):
         home_rows, foreign_rows, scores_N, arrived_UK, *saved = ctx.saved_tensors
-        w1, w2, w3, *hidden, bundles = saved
+        *hidden, bundles = saved[:5]
+        weights = saved[5:]
         ctx.maybe_clear_saved_tensors()  # so that gate and up are freed once they are used
         hidden_home, hidden_foreign = hidden[:2], hidden[2:]
         del saved, hidden
         scores_home, scores_foreign = _split(scores_N, len(home_rows))
         job, mlps = ctx.settings
-        need_rows, need_weights = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[4:7]
-        need = (need_rows, any(need_weights))
+        need_rows, need_each = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[6:]
+        wanted = any(need_each[:3]), any(need_each[3:])
+        need = need_rows, wanted
         with _no_autocast(home_rows):
-            home = mlps(_in_dtype_of(home_rows, w1, w2, w3), job.home_counts)
+            home = mlps(_in_dtype_of(home_rows, *weights), job.home_counts)
             if bundles is None:
                 with part("fetch backward"):
                     job.foreign.start()
@@ -168,23 +183,24 @@ class _ExpertMLP(torch.autograd.Function):
                 if need_rows:  # they travel while the gradients of the weights are computed
                     with part("dispatch backward"):
                         job.dispatch_backward.start(*grads, arrived_UK)
-            if not any(need_weights):
-                return *grads, *[None] * 6
+            if not any(wanted):
+                return *grads, *[None] * (3 + len(weights))
             with part("foreign experts backward"):
-                foreign_gradients = foreign.weight_gradients(foreign_step, foreign_rows)
+                foreign_gradients = foreign.weight_gradients(foreign_step, foreign_rows, wanted)
                 del foreign_step  # its gate and up gradients are used up
             homecoming = GradientReturn(job.exchange, job.plan)
             with part("gradient return"):
                 homecoming.start(foreign_gradients)
             with part("home experts backward"):
-                gradients = home.weight_gradients(home_step, home_rows)
+                gradients = home.weight_gradients(home_step, home_rows, wanted)
             with part("gradient return"):
                 homecoming.finish(gradients)
-        grad_weights = [
-            gradient.to(weight.dtype) if needed else None
-            for gradient, weight, needed in zip(gradients, (w1, w2, w3), need_weights, strict=True)
-        ]
-        return *grads, None, *grad_weights, None, None
+        computed = [index for index in range(len(weights)) if wanted[index >= 3]]
+        grad_weights = [None] * len(weights)
+        for index, gradient in zip(computed, gradients, strict=True):
+            if need_each[index]:
+                grad_weights[index] = gradient.to(weights[index].dtype)
+        return *grads, None, None, None, *grad_weights
 
 
 def _in_dtype_of(rows: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:

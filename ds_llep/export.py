@@ -22,6 +22,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.utils import logger
 
+from ds_llep.adapters import adapted_layers
 from ds_llep.layer import LLEPMoELayer
 from ds_llep.layouts import Tensors
 from ds_llep.lora import adapter_state_dict, trains_experts
@@ -153,8 +154,11 @@ def _consolidate(original, engine, exclude_frozen_parameters=False) -> Tensors |
 
 def _get_state_dict(original, accelerator, model, unwrap=True) -> Tensors | None:
     # Under ZeRO-3 Accelerate asks the engine; otherwise it takes each rank's own experts for all.
-    if _is_ours(model) and not model.zero_optimization_partition_weights():
-        return whole_state_dict(model)
+    if not getattr(model, "zero_optimization_partition_weights", lambda: True)():
+        if _is_ours(model):
+            return whole_state_dict(model)
+        if any(adapted_layers(model)):
+            return adapter_state_dict(model)
     return original(accelerator, model, unwrap)
 
 

@@ -102,7 +102,7 @@ class LLEPMoELayer(AutoEPMoELayer):
         batch, seq_len, hidden = hidden_states.shape
         x_TD = hidden_states.reshape(-1, hidden)
         context, exchange = self.llep, self.llep.exchange
-        weights = self.experts.w1, self.experts.w2, self.experts.w3
+        weights = self.experts.weights
         context.prepare(weights, x_TD, self.top_k, self.ep_size)
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 

@@ -5,8 +5,8 @@ AutoEP is handed the model inside PEFT's wrapper, where layers have the names th
 the replacement would drop is refused before it starts; what it moves is saved under the old name.
 DeepSpeed itself expects trained experts under ZeRO 1 and 2: without any, it is told so.
 
-The trade-off: adapters live beside the experts, not in them. PEFT keeps a routed expert's adapter
-in one tensor for all experts, which AutoEP has no place for.
+Adapters on the routed experts' own parameters are moved into the layers that AutoEP makes
+(`ds_llep.expert_lora`). The trade-off: what PEFT wraps in any other way around experts is refused.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
+from ds_llep.adapters import adapted_layers, factor_names, whole_adapters, wrap_checkpoints
+from ds_llep.expert_lora import ExpertAdapters, is_expert_adapter
+
 _INSTEAD = (
-    'Adapt attention (and shared experts) instead, with target_modules such as ["q_proj", '
-    '"v_proj"], and not "all-linear" or names of routed experts\' projections, which PEFT turns '
-    "into adapters on routed experts"
+    "Adapt routed experts instead by their parameters, with "
+    'target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]'
 )
 
 
 @contextlib.contextmanager
-def adapters_kept(model: torch.nn.Module, expert_parallel: Any) -> Iterator[torch.nn.Module]:
+def adapters_kept(
+    model: torch.nn.Module, expert_parallel: Any
+) -> Iterator[tuple[torch.nn.Module, ExpertAdapters]]:
     """Around AutoEP's replacement of ``model``'s MoE blocks: no adapter is lost in it.
 
     Args:
@@ -41,7 +45,8 @@ def adapters_kept(model: torch.nn.Module, expert_parallel: Any) -> Iterator[torc
             is about the names in ``model``; AutoEP's own patterns are about those without PEFT.
 
     Yields:
-        The model to hand to AutoEP.
+        The model to hand to AutoEP, and the routed experts' adapters, to be attached to what AutoEP
+        has made of it.
 
     Raises:
         ValueError: before, if adapters or quantised weights are where AutoEP cannot keep them;
@@ -49,12 +54,15 @@ def adapters_kept(model: torch.nn.Module, expert_parallel: Any) -> Iterator[torc
     """
     inner = _without_wrapper(model)
     _check(inner)
+    experts = ExpertAdapters(model, inner)
     before = {  # parameters, not their ids: that of one that is gone may be given to another
         parameter: f"{name}.{rest}"
         for name, wrapper in _wrappers(model)
+        if not is_expert_adapter(name, wrapper)
         for rest, parameter in wrapper.named_parameters()
     }
-    yield inner if expert_parallel.moe_layer_pattern is None else model
+    with experts.taken_off():
+        yield inner if expert_parallel.moe_layer_pattern is None else model, experts
     after = {parameter: name for name, parameter in model.named_parameters()}
     lost = sorted(name for parameter, name in before.items() if parameter not in after)
     if lost:
@@ -64,7 +72,7 @@ def adapters_kept(model: torch.nn.Module, expert_parallel: Any) -> Iterator[torc
         )
     names = {after[parameter]: name for parameter, name in before.items()}
     renamed = {new: old for new, old in names.items() if new != old}
-    if not renamed:
+    if not renamed and not experts.shells:
         return
     if inner is model:
         raise ValueError(
@@ -72,7 +80,7 @@ def adapters_kept(model: torch.nn.Module, expert_parallel: Any) -> Iterator[torc
             "model.save_pretrained would save them under names that PEFT does not find again. "
             "Make them with peft.get_peft_model(model, config) instead of model.add_adapter."
         )
-    save = functools.partial(_save_pretrained, renamed=renamed)
+    save = functools.partial(_save_pretrained, renamed=renamed, shells=experts.shells)
     model.save_pretrained = types.MethodType(save, model)
 
 
@@ -81,10 +89,28 @@ def _without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if peft and isinstance(model, peft.PeftModel) else model
 
 
-def _save_pretrained(model: Any, *args: Any, renamed: dict[str, str], **kwargs: Any) -> None:
+def _save_pretrained(
+    model: Any,
+    *args: Any,
+    renamed: dict[str, str],
+    shells: dict[str, torch.nn.Module],
+    **kwargs: Any,
+) -> None:
     """PEFT's, with the names that parameters and modules had before AutoEP."""
     state = kwargs.pop("state_dict", None)
     state = model.state_dict() if state is None else state
+    spread = {
+        name
+        for _, layer in adapted_layers(model)
+        for adapter in layer.experts.adapters
+        for name in adapter.names
+    }
+    if not spread <= state.keys():
+        raise ValueError(
+            "adapters on routed experts are spread over ranks, and the state to be saved lacks "
+            f"'{min(spread - state.keys())}'. Call state = ds_llep.lora.adapter_state_dict(engine) "
+            "on every rank, then model.save_pretrained(directory, state_dict=state) on rank 0."
+        )
     state = {renamed.get(name, name): value for name, value in state.items()}
     with contextlib.ExitStack() as undo:  # PEFT saves what it finds in modules of the same name
         for parent, new, old in {_difference(*names) for names in renamed.items()}:
@@ -92,6 +118,10 @@ def _save_pretrained(model: Any, *args: Any, renamed: dict[str, str], **kwargs: 
             undo.callback(children.update, dict(children))  # in the same order as before
             undo.callback(children.clear)
             children[old] = children.pop(new)
+        for block, shell in shells.items():
+            children = model.get_submodule(block)._modules
+            undo.callback(children.update, experts=children["experts"])
+            children["experts"] = shell
         type(model).save_pretrained(model, *args, state_dict=state, **kwargs)
 
 
@@ -115,12 +145,14 @@ def _wrappers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 def _check(model: torch.nn.Module) -> None:
     beside_experts = []
     for name, wrapper in _wrappers(model):
+        if is_expert_adapter(name, wrapper):
+            continue
         what = f"PEFT's {type(wrapper).__name__} at '{name}'"
         inside = {part for inner, _ in wrapper.named_modules() for part in inner.split(".")}
         if "experts" in inside.union(name.split(".")):
             raise ValueError(
-                f"{what} adapts routed experts, which AutoEP cannot shard over the ranks of an EP "
-                f"group. {_INSTEAD}."
+                f"{what} adapts routed experts in a way that AutoEP cannot shard over the ranks of "
+                f"an EP group. {_INSTEAD}."
             )
         parent, _, leaf = name.rpartition(".")
         # Shared experts and their gate are siblings that AutoEP takes over as they are.
@@ -139,13 +171,18 @@ def _check(model: torch.nn.Module) -> None:
             )
 
 
-def trains_experts(model: torch.nn.Module) -> bool:
-    """Whether any routed expert of an AutoEP layer is trained; the same on every rank."""
+def trains_experts(model: torch.nn.Module, adapters: bool = False) -> bool:
+    """Whether any routed expert of an AutoEP layer is trained; the same on every rank.
+
+    Args:
+        model: an engine's module.
+        adapters: whether it counts if adapters of an expert are trained.
+    """
     return any(
-        parameter.requires_grad
+        parameter.requires_grad and (adapters or name in ("w1", "w2", "w3"))
         for layer in model.modules()
         if isinstance(layer, AutoEPMoELayer)
-        for parameter in layer.experts.parameters()
+        for name, parameter in layer.experts.named_parameters()
     )
 
 
@@ -157,7 +194,7 @@ def wrap_engine(engine_class: type, active: Container) -> None:
         active: the engines with llep; others do as before.
     """
     for name in ("_configure_zero_optimizer", "_configure_bf16_optimizer"):
-        setattr(engine_class, name, _without_moe_groups(getattr(engine_class, name), active))
+        setattr(engine_class, name, _without_frozen_groups(getattr(engine_class, name), active))
     consolidate = engine_class._zero3_consolidated_16bit_state_dict
 
     @functools.wraps(consolidate)
@@ -168,19 +205,21 @@ def wrap_engine(engine_class: type, active: Container) -> None:
         return consolidate(self, exclude_frozen_parameters)
 
     engine_class._zero3_consolidated_16bit_state_dict = consolidate_adapters
+    wrap_checkpoints(engine_class)
 
 
-def _without_moe_groups(configure: Callable, active: Container) -> Callable:
-    """ZeRO 1 and 2 want a group of trained experts in the optimizer of every MoE model."""
+def _without_frozen_groups(configure: Callable, active: Container) -> Callable:
+    """ZeRO 1 and 2 want something trained in each group of parameters, and for every MoE model a
+    group of experts.
+    """
 
     @functools.wraps(configure)
     def wrapper(self, optimizer):
-        asked = self in active and self.zero_optimization_stage() < 3
-        if not asked or optimizer is None or trains_experts(self.module):
+        if self not in active or self.zero_optimization_stage() == 3 or optimizer is None:
             return configure(self, optimizer)
         groups = optimizer.param_groups
-        groups[:] = [group for group in groups if not group.get("moe")]
-        self.has_moe_layers = False
+        groups[:] = [group for group in groups if any(p.requires_grad for p in group["params"])]
+        self.has_moe_layers = trains_experts(self.module, adapters=True)
         try:
             return configure(self, optimizer)
         finally:
@@ -209,9 +248,10 @@ def adapter_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
             "adapter_state_dict is for adapters beside frozen experts, and this engine trains "
             "routed experts. Use engine.save_checkpoint."
         )
-    state = {}
+    experts = factor_names(model)
+    state = whole_adapters(model, trained_only=True) or {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in experts:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if dist.get_rank() == 0:
                     state[name] = parameter.detach().cpu().clone()

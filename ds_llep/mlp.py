@@ -10,7 +10,8 @@ Shapes: ``G`` experts, ``N`` rows, ``D`` hidden size, ``F`` expert FFN size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,14 @@ import torch
 from ds_llep.activation import Activation
 from ds_llep.biased import empty_joint, split
 from ds_llep.kernels.tables import HiddenBias, to_device
+from ds_llep.low_rank import Factors
+
+
+class Scales(NamedTuple):
+    """By what low-rank factors beside the matrices are multiplied; None: there are none."""
+
+    gate_up: float | None = None
+    down: float | None = None
 
 
 @dataclass
@@ -29,11 +38,17 @@ class HiddenBackward:
     grad_w2: torch.Tensor | None
     grad_rows: torch.Tensor | None
     grad_scores: torch.Tensor | None
+    grad_inner: torch.Tensor | None
+    """Between the factors of gate and up, where there are some."""
+    grad_down_factors: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class GatedMLPs:
-    """``w2(act(w1 x + b1, w3 x + b3) * score) + b2 * score`` for each group of rows."""
+    """``w2(act(w1 x + b1, w3 x + b3) * score) + b2 * score`` for each group of rows.
+
+    Each matrix may have low-rank factors beside it, which add to what it gives.
+    """
 
     w1: torch.Tensor
     w2: torch.Tensor
@@ -44,6 +59,8 @@ class GatedMLPs:
     activation: Activation
     hidden_bias: HiddenBias | None = None
     out_bias_GD: torch.Tensor | None = None
+    gate_up_factors: Factors | None = None
+    down_factors: Factors | None = None
 
     @classmethod
     def of(
@@ -53,16 +70,28 @@ class GatedMLPs:
         activation: Activation,
         hidden_size: int,
         has_bias: bool,
+        scales: Scales,
     ) -> GatedMLPs:
-        """From w1, w2 and w3, which hold the biases as well where there are some."""
-        w1, w2, w3 = weights
+        """From w1, w2 and w3, which hold the biases as well where there are some.
+
+        Behind them the factors that have a scale: of gate and up ``a [G, r, D]``, ``b [G, F, r]``
+        of gate and ``b`` of up; of w2 ``a [G, r, F]`` and ``b [G, D, r]``.
+        """
+        (w1, w2, w3), rest = weights[:3], list(weights[3:])
+        factors = {}
+        for name, scale, size in zip(("gate_up", "down"), scales, (3, 2), strict=True):
+            if scale is not None:
+                (a, *b), rest = rest[:size], rest[size:]
+                factors[f"{name}_factors"] = Factors(a, b, scale, counts, activation.kernels)
+        assert not rest, f"{len(rest)} weights without a use"
         if not has_bias:
-            return cls(w1, w2, w3, counts, activation)
+            return cls(w1, w2, w3, counts, activation, **factors)
         ffn_size = w2.shape[2]
         (w1, gate), (w3, up) = split(w1, ffn_size), split(w3, ffn_size)
         w2, out = split(w2, hidden_size)
         stop_G = to_device(np.cumsum(counts, dtype=np.int32), w1.device)
-        return cls(w1, w2, w3, counts, activation, HiddenBias(gate, up, stop_G), out)
+        biases = HiddenBias(gate, up, stop_G), out
+        return cls(w1, w2, w3, counts, activation, *biases, **factors)
 
     def forward(
         self, rows_ND: torch.Tensor, scores_N: torch.Tensor | None
@@ -70,8 +99,12 @@ class GatedMLPs:
         """Output, and what backward needs: gate and up, without their biases."""
         kernels = self.activation.kernels
         gate_NF, up_NF = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts)
+        if self.gate_up_factors is not None:
+            self.gate_up_factors.add_to((gate_NF, up_NF), rows_ND)
         act_NF = self.activation.forward(gate_NF, up_NF, scores_N, self.hidden_bias)
         out_ND = kernels.product(act_NF, self.w2, self.counts)
+        if self.down_factors is not None:
+            self.down_factors.add_to((out_ND,), act_NF)
         if self.out_bias_GD is not None:
             kernels.add_bias(out_ND, self.out_bias_GD, self.hidden_bias.stop_G, scores_N)
         return out_ND, gate_NF, up_NF
@@ -82,14 +115,27 @@ class GatedMLPs:
         hidden: list[torch.Tensor],
         scores_N: torch.Tensor | None,
         need_rows: bool,
-        need_weights: bool,
+        need_weights: Sequence[bool],
     ) -> HiddenBackward:
-        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up)."""
+        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up).
+
+        Args:
+            grad_ND: of the output.
+            hidden: what :meth:`forward` gave for it.
+            scores_N: as in forward.
+            need_rows: whether the rows' gradient is asked for.
+            need_weights: whether the matrices' are, and whether the factors' are.
+        """
         kernels, counts = self.activation.kernels, self.counts
+        gate_up, down = self.gate_up_factors, self.down_factors
+        need_matrices, need_factors = need_weights
         gate_NF, up_NF = hidden
         hidden.clear()
         grad_ND = grad_ND.contiguous()
         grad_act = kernels.product(grad_ND, self.w2, counts, transpose=False)
+        if down is not None:
+            grad_Nr = down.project_back((grad_ND,))
+            down.add_row_gradient(grad_act, grad_Nr)
         grad_gate, grad_up, act_NF, grad_scores = self.activation.backward(
             grad_act, gate_NF, up_NF, scores_N, self.hidden_bias
         )
@@ -97,20 +143,39 @@ class GatedMLPs:
         if self.out_bias_GD is not None and scores_N is not None:
             stop_G = self.hidden_bias.stop_G
             grad_scores += kernels.gradient_of_bias_weight(grad_ND, self.out_bias_GD, stop_G)
-        grad_w2 = self._gradient(grad_ND, act_NF, scores_N) if need_weights else None
+        step = HiddenBackward(grad_gate, grad_up, None, None, grad_scores, None)
+        if need_matrices:
+            step.grad_w2 = self._gradient(grad_ND, act_NF, scores_N)
+        if need_factors and down is not None:
+            step.grad_down_factors = down.gradients(act_NF, (grad_ND,), grad_Nr)
         del act_NF
-        grad_rows = None
+        if gate_up is not None:
+            step.grad_inner = gate_up.project_back((grad_gate, grad_up))
         if need_rows:
-            grad_rows = kernels.gradient_of_rows(grad_gate, self.w1, grad_up, self.w3, counts)
-        return HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows, grad_scores)
+            grads = grad_gate, self.w1, grad_up, self.w3
+            step.grad_rows = kernels.gradient_of_rows(*grads, counts)
+            if gate_up is not None:
+                gate_up.add_row_gradient(step.grad_rows, step.grad_inner)
+        return step
 
-    def weight_gradients(self, step: HiddenBackward, rows_ND: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of w1, w2, w3, each ``[G, ., .]`` as :meth:`of` took them; gives back the
-        gate's gradient in between.
+    def weight_gradients(
+        self, step: HiddenBackward, rows_ND: torch.Tensor, need_weights: Sequence[bool]
+    ) -> list[torch.Tensor]:
+        """Gradients of the weights as :meth:`of` took them, of the matrices or the factors or both;
+        gives back the gate's gradient in between.
         """
+        need_matrices, need_factors = need_weights
+        factors = []
+        if need_factors and self.gate_up_factors is not None:
+            grads = step.grad_gate, step.grad_up
+            factors = self.gate_up_factors.gradients(rows_ND, grads, step.grad_inner)
+        if need_factors:
+            factors += step.grad_down_factors
+        if not need_matrices:
+            return factors
         grad_w1 = self._gradient(step.grad_gate, rows_ND)
         step.grad_gate = None
-        return [grad_w1, step.grad_w2, self._gradient(step.grad_up, rows_ND)]
+        return [grad_w1, step.grad_w2, self._gradient(step.grad_up, rows_ND), *factors]
 
     def _gradient(
         self,

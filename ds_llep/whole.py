@@ -81,7 +81,7 @@ class WholeModel:
                 for name, layer in experts.items():
                     # One by one: in training as much is gathered at once, and more.
                     with _gathered([self._tensors[name]]):
-                        tensor = _experts_to_rank_0(self._tensors[name].detach(), layer)
+                        tensor = experts_to_rank_0(self._tensors[name].detach(), layer)
                     if dist.get_rank() == 0:
                         block[name] = tensor
                 yield self._to_hf(block)
@@ -146,7 +146,7 @@ def _partitioned(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
             engine.optimizer.checkpoint_event_epilogue()
 
 
-def _experts_to_rank_0(part: torch.Tensor, layer: AutoEPMoELayer) -> torch.Tensor | None:
+def experts_to_rank_0(part: torch.Tensor, layer: AutoEPMoELayer) -> torch.Tensor | None:
     """``[E, ...]`` in rank 0's host memory from ``[M, ...]`` of each rank of its EP group.
 
     Other EP groups hold the same and have nothing to do; None there and on all but rank 0.

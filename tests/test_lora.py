@@ -13,6 +13,7 @@ import layers
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from lora_models import adapted, all_experts
 
 import ds_llep
 from ds_llep.kernels.select import select_kernels
@@ -22,15 +23,6 @@ peft = pytest.importorskip("peft")
 
 WRAPPED = r"base_model\.model\.model\.layers\.\d+\.mlp"
 """What AutoEP has to be told to find layers inside PEFT's wrapper by itself."""
-
-
-def adapted(seed: int, family: str = "qwen3_moe", **settings) -> peft.PeftModel:
-    """The family's model with random adapters, the same on every rank."""
-    settings = {"target_modules": ["q_proj", "v_proj"], **settings}
-    model = families.build(family, seed)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **settings)
-    )
 
 
 def thaw(model: torch.nn.Module, *names: str) -> list[torch.nn.Parameter]:
@@ -156,33 +148,20 @@ def test_gradients(pools, stage, ep_size, checkpointing, only, thawed, input_gra
         assert any(result["back"] for result in results), "no gradient returned"
 
 
-ROUTED = {
-    "qwen3_moe": ["gate_proj", "up_proj", "down_proj"],
-    "mixtral": ["w1", "w2", "w3"],
-    "deepseek_v3": ["gate_proj", "up_proj", "down_proj"],
-}
-
-
-@pytest.mark.parametrize("family", ROUTED)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize(
     "settings, where, why",
     [
-        (
-            {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
-            "mlp.experts",
-            "adapts routed experts",
-        ),
-        ({"target_modules": "all-linear"}, "mlp.experts", "adapts routed experts"),
-        ("names", "mlp.experts", "adapts routed experts"),
+        ({"target_modules": "all-linear"}, "mlp.gate", "adapts a router"),
         ({"modules_to_save": ["mlp"]}, "mlp", "adapts routed experts"),
+        ({"modules_to_save": ["experts"]}, "mlp.experts", "adapts routed experts"),
         ({"modules_to_save": ["gate"]}, "mlp.gate", "adapts a router"),
         ({"target_parameters": ["mlp.gate.weight"]}, "mlp.gate", "adapts a router"),
     ],
-    ids=["parameters", "all-linear", "names", "block", "saved_router", "router"],
+    ids=["all-linear", "block", "saved_experts", "saved_router", "router"],
 )
 def test_refused(family, settings, where, why, seed):
     """Before anything is replaced, by the name of what is wrapped, with what to do instead."""
-    settings = {"target_modules": ROUTED[family]} if settings == "names" else settings
     model = adapted(seed, family, **settings)
     with pytest.raises(ValueError, match=rf"layers\.\d+\.{where}' {why}.*(instead|out of)"):
         with adapters_kept(model, SimpleNamespace(moe_layer_pattern=None)):
@@ -209,7 +188,7 @@ def test_lost_adapters_are_an_error(seed):
 
 
 def refused_then_trained(stage: int, seed: int) -> str:
-    model = adapted(seed, target_modules="all-linear")
+    model = adapted(seed, modules_to_save=["mlp"])
     config = engines.ds_config(stage, 2, llep={})
     with pytest.raises(ValueError, match="adapts routed experts") as error:
         engines.initialize(model, config)
@@ -233,18 +212,6 @@ def refused_then_trained(stage: int, seed: int) -> str:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_refused_on_every_rank(pools, stage, seed):
     assert len(set(pools(4).run(refused_then_trained, stage, seed))) == 1
-
-
-def all_experts(family: str):
-    """Every token takes every expert, so that rounding cannot send it elsewhere."""
-    usual = families.FAMILIES[family]
-
-    def config():
-        changed = usual()
-        changed.num_experts_per_tok = changed.num_experts
-        return changed
-
-    return mock.patch.dict(families.FAMILIES, {family: config})
 
 
 SAVED = {
