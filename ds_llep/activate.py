@@ -80,9 +80,10 @@ def register() -> None:
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
         expert_parallel = self._config.expert_parallel_config
         with adapters_kept(model, expert_parallel) as (inner, adapters):
+            adapters.check(self._config)
             check_family(inner, expert_parallel)
             result = original(self, inner, *args, **kwargs)
-            adapters.attach(result)
+            adapters.attach(result, self._config)
         _ACTIVE[self] = activate(self, model, config)
         export.register()
         return result

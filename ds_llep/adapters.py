@@ -10,13 +10,14 @@ Shapes: ``E`` experts, ``M`` of them at home, ``r`` rank, ``I`` input size, ``O`
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
 from ds_llep.mlp import Scales
@@ -70,6 +71,17 @@ class Adapter:
         return dict(zip(self.names, (a, b.contiguous()), strict=True))
 
 
+def hold(layer: AutoEPMoELayer, adapters: Sequence[Adapter]) -> None:
+    """Tell a layer's experts what their factors belong to."""
+    found = {adapter.parameter: adapter for adapter in adapters}
+    experts = layer.experts
+    experts.adapters = tuple(found[parameter] for parameter in FACTORS if parameter in found)
+    experts.factor_names = tuple(
+        name for adapter in experts.adapters for name in FACTORS[adapter.parameter]
+    )
+    enable(layer, True)
+
+
 def enable(layer: AutoEPMoELayer, enabled: bool) -> None:
     """Let a layer's adapters count, or count for nothing."""
     scales = {adapter.parameter: adapter.scale * enabled for adapter in layer.experts.adapters}
@@ -119,13 +131,14 @@ def whole_adapters(
     return found if dist.get_rank() == 0 else None
 
 
-def wrap_checkpoints(engine_class: type) -> None:
+def wrap_checkpoints(engine_class: type, active: Container) -> None:
     """Teach DeepSpeed's checkpoints the adapters, of which they would save rank 0's experts alone.
 
     They travel whole beside what the caller saves, in the file that every rank reads.
 
     Args:
         engine_class: ``DeepSpeedEngine``.
+        active: the engines with llep; others do as before.
     """
     save, load = engine_class._save_moe_checkpoint, engine_class.load_module_state_dict
 
@@ -140,12 +153,26 @@ def wrap_checkpoints(engine_class: type) -> None:
     @functools.wraps(load)
     def load_with_adapters(self, checkpoint, *args, **kwargs):
         saved = checkpoint.pop(_KEY, None)
-        if any(adapted_layers(self.module)):
-            checkpoint["module"].update(_own_factors(self.module, saved))
+        if self in active:
+            module = checkpoint["module"]
+            module.update(_own_factors(self.module, saved))
+            # Of frozen parameters ZeRO-2 saves rank 0's beside all others, those of experts too.
+            frozen = checkpoint.get(FROZEN_PARAM_FRAGMENTS) or {}
+            for name in frozen.keys() & _expert_parameters(self.module) & module.keys():
+                frozen[name] = module[name]
         return load(self, checkpoint, *args, **kwargs)
 
     engine_class._save_moe_checkpoint = save_with_adapters
     engine_class.load_module_state_dict = load_with_adapters
+
+
+def _expert_parameters(model: torch.nn.Module) -> set[str]:
+    return {
+        f"{name}.experts.{parameter}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, AutoEPMoELayer)
+        for parameter, _ in layer.experts.named_parameters()
+    }
 
 
 def _own_factors(model: torch.nn.Module, saved: Any) -> dict[str, torch.Tensor]:
@@ -163,7 +190,10 @@ def _own_factors(model: torch.nn.Module, saved: Any) -> dict[str, torch.Tensor]:
         for adapter in layer.experts.adapters:
             missing = [key for key in adapter.names if key not in saved["adapters"]]
             if missing:
-                raise ValueError(f"the checkpoint has no adapter '{missing[0]}'")
+                raise ValueError(
+                    f"the model has an adapter '{missing[0]}', the checkpoint has not. Make the "
+                    "adapters by the LoraConfig of the run that saved it."
+                )
             factors = adapter.split(*(saved["adapters"][key] for key in adapter.names), layer)
             names = (f"{name}.experts.{factor}" for factor in FACTORS[adapter.parameter])
             found |= dict(zip(names, factors, strict=True))

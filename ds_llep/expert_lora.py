@@ -1,9 +1,9 @@
-"""PEFT's adapters on routed experts: split among the ranks with their experts, and whole again.
+"""PEFT's adapters on routed experts: off their wrappers, and into the layers that AutoEP makes.
 
 PEFT wraps the experts' parameters and keeps the adapters of all experts of a layer in two tensors.
 AutoEP knows neither. So the wrappers come off before AutoEP replaces the MoE blocks, and then each
 rank's experts get the factors of their own as parameters beside w1, w2 and w3: ZeRO partitions and
-reduces them and helpers borrow them like those. What is saved is PEFT's again, names and shapes.
+reduces them and helpers borrow them like those. What is saved is PEFT's again (`adapters.py`).
 
 The trade-off: PEFT no longer finds its layers there, so what it does with them, such as merging, is
 refused.
@@ -22,7 +22,7 @@ import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, ReplacementSourceMap
 from deepspeed.moe.fused_expert_layout import classify_fused_gate_up_layout
 
-from ds_llep.adapters import FACTORS, Adapter, adapted_layers, enable
+from ds_llep.adapters import FACTORS, Adapter, adapted_layers, enable, hold
 from ds_llep.shards import whole_shape
 
 _INSIDE = ".base_layer"
@@ -81,8 +81,21 @@ class ExpertAdapters:
                 _read(wrapper, names[wrapper], model) for wrapper in _chain(module)
             ]
 
-    def __bool__(self) -> bool:
-        return bool(self._wrapped)
+    def check(self, ds_config: Any) -> None:
+        """Refuse what would lose adapters.
+
+        Args:
+            ds_config: the engine's parsed ``DeepSpeedConfig``.
+
+        Raises:
+            ValueError: universal checkpoints, which do not know that each rank has its own.
+        """
+        if self._wrapped and ds_config.load_universal_checkpoint:
+            raise ValueError(
+                '"checkpoint.load_universal" is not possible with adapters on routed experts. '
+                "Remove it and start from the saved adapters: "
+                "PeftModel.from_pretrained(model, directory, is_trainable=True)."
+            )
 
     @contextlib.contextmanager
     def taken_off(self) -> Iterator[None]:
@@ -96,12 +109,13 @@ class ExpertAdapters:
                 self._inner.get_submodule(block).experts = wrapper
             raise
 
-    def attach(self, replaced: ReplacementSourceMap) -> None:
+    def attach(self, replaced: ReplacementSourceMap, ds_config: Any) -> None:
         """Give the layers that AutoEP has made their experts' factors.
 
         Args:
             replaced: what AutoEP replaced; if it says so, for an optimizer or a list of parameters
                 that exists already, it will say what the factors replace.
+            ds_config: the engine's parsed ``DeepSpeedConfig``.
         """
         for block, adapters in self._adapters.items():
             layer = self._inner.get_submodule(block)
@@ -112,28 +126,23 @@ class ExpertAdapters:
             for adapter, (a, b) in adapters:
                 with deepspeed.zero.GatheredParameters([a, b]):
                     factors = adapter.split(a.detach(), b.detach(), layer)
-                origins = [a, *[b] * (len(factors) - 1)]
-                for name, factor, origin in zip(
-                    FACTORS[adapter.parameter], factors, origins, strict=True
-                ):
+                origins = a, *[b] * (len(factors) - 1)
+                named = zip(FACTORS[adapter.parameter], factors, origins, strict=True)
+                for name, factor, origin in named:
                     parameter = torch.nn.Parameter(factor, requires_grad=origin.requires_grad)
                     for mark in _MARKS:
                         setattr(parameter, mark, getattr(layer.experts.w1, mark))
                     layer.experts.register_parameter(name, parameter)
                     sources[id(parameter)] = [origin]
-            found = {adapter.parameter: adapter for adapter, _ in adapters}
+            hold(layer, [adapter for adapter, _ in adapters])
             self.shells[self._names[block]] = _emptied(self._wrapped[block])
-            layer.experts.adapters = tuple(found[name] for name in FACTORS if name in found)
-            layer.experts.factor_names = tuple(
-                name for adapter in layer.experts.adapters for name in FACTORS[adapter.parameter]
-            )
-            enable(layer, True)
             if replaced:
                 replaced.sources.update(sources)
                 replaced.discarded.update(id(p) for _, pair in adapters for p in pair)
         self._adapters.clear()  # and with them PEFT's whole tensors
         self._wrapped.clear()
-        if any(adapted_layers(self._model)):
+        if self.shells:
+            deepspeed.set_optimizer_flags(ds_config, self._model)  # as AutoEP does for its own
             _tell_peft(self._model)
 
 
@@ -193,11 +202,25 @@ def _read(wrapper: Any, name: str, model: Any) -> tuple[Adapter, list[torch.nn.P
 
 def _tell_peft(model: Any) -> None:
     """Make PEFT's methods mean these adapters too, or say that they cannot."""
+    base, enabled = model.base_model, True
 
-    def switch(enabled, original):
+    def switch(on, original):
+        nonlocal enabled
         original()
+        enabled = on
         for _, layer in adapted_layers(model):
-            enable(layer, enabled)
+            enable(layer, on)
+
+    @contextlib.contextmanager
+    def disable_adapter():
+        # PEFT's own wants to find layers, and finds none where only experts are adapted.
+        were_enabled = enabled
+        base.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if were_enabled:
+                base.enable_adapter_layers()
 
     def refuse(name, *args, **kwargs):
         raise ValueError(
@@ -206,9 +229,9 @@ def _tell_peft(model: Any) -> None:
             "Hugging Face model."
         )
 
-    base = model.base_model
-    for enabled, name in ((True, "enable_adapter_layers"), (False, "disable_adapter_layers")):
-        setattr(base, name, functools.partial(switch, enabled, getattr(base, name)))
+    model.disable_adapter = disable_adapter
+    for on, name in ((True, "enable_adapter_layers"), (False, "disable_adapter_layers")):
+        setattr(base, name, functools.partial(switch, on, getattr(base, name)))
     for owner, names in ((model, ("add_adapter", "load_adapter")), (base, _UNSUPPORTED)):
         for name in names:
             setattr(owner, name, functools.partial(refuse, name))

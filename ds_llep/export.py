@@ -120,6 +120,11 @@ def _save_16bit_model(
     original, engine, save_dir, save_filename="pytorch_model.bin", exclude_frozen_parameters=False
 ) -> bool:
     zero3 = engine.zero_optimization_partition_weights()
+    if any(adapted_layers(engine.module)):
+        raise ValueError(
+            "save_16bit_model would save rank 0's part of the adapters on routed experts. Use "
+            "ds_llep.lora.adapter_state_dict(engine) and model.save_pretrained."
+        )
     if not _is_ours(engine):
         return original(engine, save_dir, save_filename, exclude_frozen_parameters)
     if zero3 and not engine.zero_gather_16bit_weights_on_model_save():

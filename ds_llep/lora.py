@@ -205,7 +205,7 @@ def wrap_engine(engine_class: type, active: Container) -> None:
         return consolidate(self, exclude_frozen_parameters)
 
     engine_class._zero3_consolidated_16bit_state_dict = consolidate_adapters
-    wrap_checkpoints(engine_class)
+    wrap_checkpoints(engine_class, active)
 
 
 def _without_frozen_groups(configure: Callable, active: Container) -> Callable:

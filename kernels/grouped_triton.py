@@ -61,6 +61,11 @@ def supported(*operands: torch.Tensor) -> bool:
     )
 
 
+def can_store(columns: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels can write rows of so many columns, as few as those of low ranks."""
+    return columns * dtype.itemsize % _ALIGNMENT_BYTES == 0
+
+
 def gate_up(
     rows_ND: torch.Tensor,
     w1_GFD: torch.Tensor,

@@ -26,7 +26,8 @@ def product(
     rows_ND: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int], transpose: bool = True
 ) -> torch.Tensor:
     """As `grouped_gemm.grouped_gemm`."""
-    if _fused(rows_ND, weights_GFD):
+    columns = weights_GFD.shape[1 if transpose else 2]
+    if _fused(rows_ND, weights_GFD) and grouped_triton.can_store(columns, rows_ND.dtype):
         return grouped_triton.product(rows_ND, weights_GFD, counts, transpose)
     return grouped_gemm.grouped_gemm(rows_ND, weights_GFD, counts, transpose)
 
