@@ -153,10 +153,24 @@ def whole_state(engine, way: str):
     return accelerate.Accelerator.get_state_dict(accelerator, engine)
 
 
-def train_and_save(family, stage, ep_size, way, settings, directory, seed):
+LAYER_1 = {
+    "moe_layer_pattern": r"base_model\.model\.model\.layers\.1\.mlp",
+    "router_pattern": "gate",
+    "expert_pattern": "experts",
+    "num_experts_attr": "num_experts",
+    "top_k_attr": "num_experts_per_tok",
+    "score_func": "softmax",
+    "route_norm": True,
+}
+"""AutoEP leaves the other layers alone, with PEFT's wrappers."""
+
+
+def train_and_save(family, stage, ep_size, way, settings, described, directory, seed):
     with lora_models.all_experts(family):
         model = lora_models.adapted(seed, family, **settings)
-    engine = engines.initialize(model, engines.ds_config(stage, ep_size, llep={}))
+    config = engines.ds_config(stage, ep_size, llep={})
+    config["expert_parallel"].update(described)
+    engine = engines.initialize(model, config)
     before = logits_of(engine, seed)
     train(engine, seed)
     state = whole_state(engine, way)
@@ -164,35 +178,47 @@ def train_and_save(family, stage, ep_size, way, settings, directory, seed):
         with pytest.raises(ValueError, match="adapter_state_dict"):
             model.save_pretrained(f"{directory}/incomplete")
         model.save_pretrained(directory, state_dict=state)
-    results = before, logits_of(engine, seed)
+        assert not any("_lora_" in name for name in state), "rank 0's factors alone"
+    after = logits_of(engine, seed)
     engine.destroy()
-    return inputs_on_cpu(seed), *results
+    dist.barrier()
+    with lora_models.all_experts(family):
+        base = families.build(family, seed)
+    model = peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
+    engine = engines.initialize(model, config)
+    again = logits_of(engine, seed)
+    engine.destroy()
+    return inputs_on_cpu(seed), before, after, again
 
 
 @pytest.mark.parametrize(
-    "family, stage, ep_size, way, settings",
+    "family, stage, ep_size, way, settings, described",
     [
-        ("qwen3_moe", 0, 4, "accelerate's", {"target_parameters": BOTH}),
-        ("qwen3_moe", 3, 2, "trainer's", {"target_modules": NAMES["qwen3_moe"]}),
-        ("mixtral", 1, 2, "accelerate's", {"target_modules": NAMES["mixtral"]}),
-        ("deepseek_v3", 2, 2, "ours", {"target_parameters": BOTH, "rank_pattern": RANKS}),
-        ("gpt_oss", 3, 4, "ours", {"target_parameters": BOTH}),
-        ("qwen2_moe", 2, 2, "ours", {"target_parameters": BOTH, "modules_to_save": ["lm_head"]}),
+        ("qwen3_moe", 0, 4, "accelerate's", {"target_parameters": BOTH}, {}),
+        ("qwen3_moe", 1, 2, "ours", {"target_parameters": BOTH}, LAYER_1),
+        ("qwen3_moe", 3, 2, "trainer's", {"target_modules": NAMES["qwen3_moe"]}, {}),
+        ("mixtral", 1, 2, "accelerate's", {"target_modules": NAMES["mixtral"]}, {}),
+        ("deepseek_v3", 2, 2, "ours", {"target_parameters": BOTH, "rank_pattern": RANKS}, {}),
+        ("gpt_oss", 3, 4, "ours", {"target_parameters": BOTH}, {}),
+        (
+            *("qwen2_moe", 2, 2, "ours"),
+            *({"target_parameters": BOTH, "modules_to_save": ["lm_head"]}, {}),
+        ),
     ],
 )
 def test_saved_adapter_loads_in_plain_peft(
-    pools, family, stage, ep_size, way, settings, tmp_path, seed
+    pools, family, stage, ep_size, way, settings, described, tmp_path, seed
 ):
-    """Before and after training, the plain model computes the same."""
-    case = family, stage, ep_size, way, settings
+    """Before and after training, the plain model computes the same; and an engine goes on there."""
+    case = family, stage, ep_size, way, settings, described
     results = pools(4).run(train_and_save, *case, str(tmp_path), seed)
     with lora_models.all_experts(family):
         untrained = lora_models.adapted(seed, family, **settings).eval()
         base = families.build(family, seed)
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
-    for inputs, before, after in results:
+    for inputs, before, after, again in results:
         assert (after - before).norm() > 1e-3 * before.norm()
-        for model, logits in ((untrained, before), (loaded, after)):
+        for model, logits in ((untrained, before), (loaded, after), (loaded, again)):
             with torch.no_grad():
                 plain = model(**inputs).logits
             assert (plain - logits).norm() <= 1e-4 * logits.norm()
@@ -281,6 +307,8 @@ def switched_off(stage, targets, seed) -> None:
     ):
         with pytest.raises(ValueError, match=f"{method} is not supported"):
             getattr(model, method)(*args)
+    with pytest.raises(ValueError, match="adapter_state_dict"):
+        engine.save_16bit_model("nowhere")
     engine.destroy()
 
 

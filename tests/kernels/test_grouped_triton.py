@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 
 from ds_llep.kernels import grouped_triton as triton_products
+from ds_llep.kernels import products
 from ds_llep.kernels.grouped_triton import HOPPER, Tiling
 from ds_llep.kernels.grouped_triton_rows import can_pair, row_tiles
 from ds_llep.kernels.grouped_triton_wgrad import schedule
@@ -224,3 +225,16 @@ def test_what_is_supported(draw):
         assert not triton_products.supported(x, bad)
     assert can_pair(x[:2], x[2:])
     assert not can_pair(x, x) and not can_pair(x[:, :8], x.clone()[:, :8].clone())
+
+
+@pytest.mark.parametrize("rank, fused", [(8, True), (4, False), (9, False)])
+def test_results_too_narrow_to_store_are_left_to_pytorch(draw, monkeypatch, rank, fused):
+    """Those of low-rank factors, of which the operands may be wide enough."""
+    called = []
+    monkeypatch.setattr(products, "_fused", triton_products.supported)
+    monkeypatch.setattr(triton_products, "product", lambda *args: called.append(args))
+    rows = draw.normal(5, D, dtype=torch.bfloat16)
+    weights = draw.normal(2, rank, D, dtype=torch.bfloat16)
+    out = products.product(rows, weights, [2, 3])
+    assert bool(called) == fused
+    assert fused or out.shape == (5, rank)
