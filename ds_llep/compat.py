@@ -29,6 +29,8 @@ SEAMS = (
     ),
     (DeepSpeedEngine, "_take_model_step", ("self",)),
     (DeepSpeedEngine, "load_checkpoint", ("self", "load_dir")),
+    (DeepSpeedEngine, "_save_moe_checkpoint", ("self", "save_dir", "tag", "client_state")),
+    (DeepSpeedEngine, "load_module_state_dict", ("self", "checkpoint")),
     (DeepSpeedEngine, "destroy", ("self",)),
     (AutoEPMoELayer, "forward", ("self", "hidden_states")),
     (AutoEPMoELayer, "_finalize_output", ("self", "output", "x", "hidden_states", "hdim")),
