@@ -71,7 +71,7 @@ class DispatchBackward:
             sent = _new_parcels(len(arrived_UK), fields, grad_home)
             sums_UD, values_UK = _open(sent, fields)
             route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
-            values_UK.copy_(_of_rows(grad_scores_N, arrived_UK))
+            route.kernels.gather_values(grad_scores_N, arrived_UK, out_UK=values_UK)
         self._arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
 
     def finish(self, *gradients: torch.Tensor) -> list[torch.Tensor]:
@@ -152,8 +152,11 @@ class _Dispatch(torch.autograd.Function):
             )
             with part("rows"):
                 grad_x = ctx.kernels.sum_rows(grad_home, grad_foreign, own_TK, sums_UD, sent_TK)
-                grad_scores = _of_rows(grad_scores_N, own_TK) + _of_parcels(values_UK, sent_TK)
-        return grad_x, grad_scores.to(ctx.score_dtype), *[None] * 5
+                grad_scores = grad_scores_N.new_empty(own_TK.shape, dtype=ctx.score_dtype)
+                ctx.kernels.gather_values(
+                    grad_scores_N, own_TK, values_UK, sent_TK, out_UK=grad_scores
+                )
+        return grad_x, grad_scores, *[None] * 5
 
 
 class _Combine(torch.autograd.Function):
@@ -212,23 +215,6 @@ def _gradient_fields(
     grad_ND: torch.Tensor, grad_scores_N: torch.Tensor, arrived_UK: torch.Tensor
 ) -> Fields:
     return (grad_ND.shape[1], grad_ND.dtype), (arrived_UK.shape[1], grad_scores_N.dtype)
-
-
-def _of_rows(values_N: torch.Tensor, index_UK: torch.Tensor) -> torch.Tensor:
-    """``values[index]``, 0 where the index is negative; ``[U, K]``."""
-    if len(values_N) == 0:
-        return values_N.new_zeros(index_UK.shape)
-    return torch.where(index_UK >= 0, values_N[index_UK.clamp(min=0).long()], 0)
-
-
-def _of_parcels(values_UK: torch.Tensor, sent_TK: torch.Tensor) -> torch.Tensor:
-    """For each copy the value on its parcel, 0 for copies that were not sent; ``[T, K]``."""
-    if len(values_UK) == 0:
-        return values_UK.new_zeros(sent_TK.shape)
-    place_TK = torch.where(sent_TK < 0, -sent_TK - 2, sent_TK)
-    choice_K = torch.arange(sent_TK.shape[1], device=sent_TK.device)
-    found = values_UK[place_TK.clamp(min=0).long(), choice_K]
-    return torch.where(place_TK >= 0, found, 0)
 
 
 def _all_to_all(

@@ -24,7 +24,7 @@ from .grouped_triton_rows import (
     plain,
     row_tiles,
 )
-from .grouped_triton_wgrad import _wgrad_kernel, add_parts, schedule
+from .grouped_triton_wgrad import _wgrad_kernel, add_parts, scheduled
 
 _ALIGNMENT_BYTES = 16
 _INTERPRETED_PROGRAMS = 7
@@ -182,24 +182,24 @@ def wgrad(
     device, programs = rows_ND.device, _programs(rows_ND)
     row_tiles_, column_tiles = triton.cdiv(F, block_m), triton.cdiv(D, block_n)
     grid = (row_tiles_, column_tiles)
-    whole, cut = schedule(counts, row_tiles_ * column_tiles, block_k, programs)
+    whole, cut = scheduled(counts, row_tiles_ * column_tiles, block_k, programs, device)
     operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
     if whole.num_items:
         _wgrad_kernel[_grid(whole.num_items, rows_ND)](
             *(*operands, plain(out, (1, block_m, tiling.block_n // 2))),
-            *(*whole.tables(device), whole.num_items, *grid),
+            *(whole.segment_of_item, whole.segments, whole.num_items, *grid),
             PARTS=False,
             **_meta(tiling),
         )
     if cut.num_items:
         parts = torch.empty((cut.num_items, block_m, block_n), dtype=torch.float32, device=device)
-        tables = cut.tables(device)
         _wgrad_kernel[_grid(cut.num_items, rows_ND)](
-            *(*operands, plain(parts, (1, block_m, block_n // 4)), *tables, cut.num_items, *grid),
+            *(*operands, plain(parts, (1, block_m, block_n // 4))),
+            *(cut.segment_of_item, cut.segments, cut.num_items, *grid),
             PARTS=True,
             **_meta(tiling),
         )
-        add_parts(parts, out, cut, tables, grid, tiling.band)
+        add_parts(parts, out, cut, grid, tiling.band)
     return out
 
 

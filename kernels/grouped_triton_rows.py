@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tables import to_device
+from .tables import remember, to_device
 
 _WRAP = 2**30  # rows that a clipped descriptor spans; 2**34 times as many bytes are 0 mod 2**64
 _MOST = 2**31 - 2**16
@@ -134,6 +134,7 @@ def _gate_up_kernel(
         _store_clipped(second_out, second, row, stop, column, BLOCK_M, BLOCK_N)
 
 
+@remember
 def row_tiles(counts: Sequence[int], block: int, device: torch.device) -> torch.Tensor:
     """Group, first row and the group's end for each tile of `block` rows, int32 [tiles, 3]."""
     # NumPy, as torch's repeat_interleave would wake all threads of the host for it.

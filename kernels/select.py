@@ -26,6 +26,7 @@ class KernelSet(NamedTuple):
     place_parcels: Callable
     label_parcels: Callable
     scatter_rows: Callable
+    gather_values: Callable
     sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
@@ -53,6 +54,7 @@ def _torch_kernels() -> KernelSet:
         place_parcels=reference.place_parcels,
         label_parcels=reference.label_parcels,
         scatter_rows=reference.scatter_rows,
+        gather_values=reference.gather_values,
         sum_rows=reference.sum_rows,
         swiglu_forward=reference_mlp.swiglu_forward,
         swiglu_backward=reference_mlp.swiglu_backward,
@@ -69,10 +71,10 @@ def _torch_kernels() -> KernelSet:
 
 
 def _triton_kernels() -> KernelSet:
-    from . import bias, counts, planner, products, routes, rows, swiglu
+    from . import bias, counts, parcels, planner, products, routes, rows, swiglu
 
     found = {}
-    for module in (bias, counts, planner, products, routes, rows, swiglu):
+    for module in (bias, counts, parcels, planner, products, routes, rows, swiglu):
         found |= vars(module)
     return KernelSet("triton", *(found[name] for name in KernelSet._fields[1:]))
 

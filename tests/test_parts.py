@@ -16,7 +16,7 @@ from ds_llep.kernels.grouped_gemm import (
 )
 from ds_llep.kernels.select import select_kernels
 from ds_llep.returns import Sum
-from ds_llep.route import Addresses, find_runs, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route
 
 CPU = select_kernels("torch", torch.device("cpu"))
 PLAN_ALWAYS = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
@@ -30,9 +30,10 @@ def test_dispatch_and_combine_gradients(top_k, seed):
     counts = torch.bincount(selected.reshape(-1), minlength=6).view(1, 6).numpy()
     plan = make_plan(counts, PLAN_ALWAYS)
     runs = torch.from_numpy(find_runs(plan, 0))
-    addresses = CPU.address_copies(selected, sort_copies(selected), runs, 0)
     reached_PP, alone_PE = np.full((1, 1), 5), counts * (top_k == 1)
-    route, maps = make_route(Addresses(*addresses), reached_PP, alone_PE, plan, 0, None, CPU)
+    route = make_route(reached_PP, alone_PE, plan, 0, None, CPU, top_k)
+    addresses = Addresses(*CPU.address_copies(selected, torch.empty(0), runs, 0))
+    maps = addresses.place(torch.from_numpy(route.first_P), CPU)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     scores = torch.rand(5, top_k, dtype=torch.float64, requires_grad=True)
 
@@ -46,16 +47,6 @@ def test_dispatch_and_combine_gradients(top_k, seed):
     assert torch.autograd.gradcheck(layer, (x, scores))
     expected = x.sin() * scores.sum(1, keepdim=True)
     assert torch.allclose(layer(x, scores), expected)
-
-
-def test_places_of_copies_sorted_by_expert(seed):
-    rng = np.random.default_rng(seed)
-    for T, K, E in ((0, 2, 4), (1, 1, 1), (70, 3, 5), (200, 2, 300)):
-        selected = rng.integers(E, size=(T, K))
-        order = np.argsort(selected.reshape(-1), kind="stable")
-        places = sort_copies(torch.from_numpy(selected).to(DEVICE))
-        assert places.dtype == torch.int32 and places.shape == (T, K)
-        assert places.flatten()[order].tolist() == list(range(T * K))
 
 
 def test_returned_gradients_are_rounded_once():

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ from plans import CHEAP_SPILLS, draw_nodes, shares
 from ds_llep import LLEPConfig, make_plan
 from ds_llep import dispatch as dispatch_room
 from ds_llep.dispatch import DispatchBackward, combine, dispatch
-from ds_llep.kernels import routes
+from ds_llep.kernels import counts
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
-from ds_llep.route import Addresses, find_runs, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWIN, TRITON = (select_kernels(name, DEVICE) for name in ("torch", "triton"))
@@ -154,14 +155,17 @@ def address(ids, plan: Plan, rank: int, kernels) -> Addresses:
         counts_PE = torch.from_numpy(np.pad(plan.counts_PE, ((0, 0), (0, 3)))).to(DEVICE)[:, :-3]
         tokens_EP = torch.tensor(plan.tokens_EP, device=DEVICE)
         runs_2EP = kernels.find_runs(counts_PE, tokens_EP, rank)
-    position_TK = sort_copies(selected_TK)
-    return Addresses(*kernels.address_copies(selected_TK, position_TK, runs_2EP, rank))
+    scores_TK = torch.zeros(selected_TK.shape, device=DEVICE)
+    _, blocks = kernels.count_copies(selected_TK, scores_TK, plan.num_experts, plan.num_ranks, 0)
+    return Addresses(*kernels.address_copies(selected_TK, blocks, runs_2EP, rank))
 
 
 def route_of(ids, plan: Plan, rank: int, kernels, group=None):
     """A rank's route and maps."""
-    addresses = address(ids, plan, rank, kernels)
-    return make_route(addresses, *reached_of(ids, plan), plan, rank, group, kernels)
+    top_k = ids[rank].shape[1]
+    route = make_route(*reached_of(ids, plan), plan, rank, group, kernels, top_k)
+    first_P = torch.from_numpy(route.first_P).to(DEVICE)
+    return route, address(ids, plan, rank, kernels).place(first_P, kernels)
 
 
 def check_splits(ids, plan: Plan, made, goes) -> None:
@@ -192,9 +196,8 @@ def check_splits(ids, plan: Plan, made, goes) -> None:
 @pytest.fixture(scope="module")
 def small_blocks():
     """So that a few tokens are several blocks."""
-    tokens, routes._TOKENS = routes._TOKENS, 8
-    yield
-    routes._TOKENS = tokens
+    with mock.patch.object(counts, "TOKENS", 8):
+        yield
 
 
 def check_maps(maps, route, goes, rank: int) -> None:
@@ -226,12 +229,14 @@ def test_triton_makes_the_same_maps(small_blocks, routing, rank):
     assert route == replace(same_route, kernels=TRITON)
 
 
-# P, M, K, T, tokens of a block: the real block, partly filled; and more blocks than are added up
-# at once.
-@pytest.mark.parametrize("size", [(2, 2, 2, 300, 128), (3, 1, 1, 540, 8)], ids=str)
+# P, M, K, T, tokens of a block: the real block, partly filled; more blocks than are added up at
+# once; more experts than fit into few registers.
+@pytest.mark.parametrize(
+    "size", [(2, 2, 2, 300, 128), (3, 1, 1, 540, 8), (2, 150, 3, 200, 128)], ids=str
+)
 def test_several_blocks(size, kernels, monkeypatch, seed):
     P, M, K, T, block = size
-    monkeypatch.setattr(routes, "_TOKENS", block)
+    monkeypatch.setattr(counts, "TOKENS", block)
     ids = draw_ids(P, P * M, K, [T, 40, T], 3.0, False, seed)[:P]
     plan = lla(ids, P * M)
     assert plan.spills
