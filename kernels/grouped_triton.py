@@ -28,6 +28,10 @@ from .grouped_triton_wgrad import _wgrad_kernel, add_parts, scheduled
 
 _ALIGNMENT_BYTES = 16
 _INTERPRETED_PROGRAMS = 7
+# Weight gradients run beside a transfer, which takes multiprocessors from them. Eight times as many
+# programs as multiprocessors are dealt out while others run, so the rest do more. But each program
+# fills its pipeline anew, which costs more than it saves where tiles take fewer steps.
+_DEALT_OUT, _LONG_TILE = 8, 48
 
 
 class Tiling(NamedTuple):
@@ -185,7 +189,8 @@ def wgrad(
     whole, cut = scheduled(counts, row_tiles_ * column_tiles, block_k, programs, device)
     operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
     if whole.num_items:
-        _wgrad_kernel[_grid(whole.num_items, rows_ND)](
+        long = len(rows_ND) >= _LONG_TILE * block_k * len(counts)
+        _wgrad_kernel[_grid(whole.num_items, rows_ND, _DEALT_OUT if long else 1)](
             *(*operands, plain(out, (1, block_m, tiling.block_n // 2))),
             *(whole.segment_of_item, whole.segments, whole.num_items, *grid),
             PARTS=False,
@@ -215,5 +220,5 @@ def _programs(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _grid(items: int, x: torch.Tensor) -> tuple[int]:
-    return (min(items, _programs(x)),)
+def _grid(items: int, x: torch.Tensor, rounds: int = 1) -> tuple[int]:
+    return (min(items, _programs(x) * rounds),)
