@@ -130,6 +130,20 @@ def test_weight_gradient_is_written_where_it_belongs(draw, dtype):
     assert torch.equal(bundle[:, 0], before), draw.seed
 
 
+def test_programs_that_are_dealt_out_give_the_same_bits(draw, dtype, monkeypatch):
+    rows_ND, grad_NF, *_ = inputs(draw, dtype)
+    found, grids = [], []
+    plain_grid = triton_products._grid
+    monkeypatch.setattr(
+        triton_products, "_grid", lambda *a: grids.append(plain_grid(*a)) or grids[-1]
+    )
+    for least_rows in (0, 2**30):
+        monkeypatch.setattr(triton_products, "_LONG_TILE", least_rows)
+        found.append(triton_products.wgrad(grad_NF, rows_ND, COUNTS, tiling=TILING))
+    assert torch.equal(*found), draw.seed
+    assert len(set(grids)) > 1 or ON_GPU  # which has more programs than there is work
+
+
 def test_groups_do_not_reach_each_other(draw, dtype):
     clean = inputs(draw, dtype)
     group = 3
