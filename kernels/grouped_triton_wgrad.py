@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_triton_rows import _tile_at
+from .grouped_triton_rows import _tile_at, _walk
 from .tables import all_to_device, remember
 
 # What a part costs beside its rows, in steps: writing 128 KB of fp32 and reading it back.
@@ -46,7 +46,7 @@ def _store_quarters(target, value, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     target.store([slot, 0, half + quarter], second.reshape([1, BLOCK_M, quarter]))
 
 
-@triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles"])
+@triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles", "chunk"])
 def _wgrad_kernel(
     grad,
     rows,
@@ -56,6 +56,7 @@ def _wgrad_kernel(
     num_items,
     num_row_tiles,
     num_column_tiles,
+    chunk,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,7 +65,8 @@ def _wgrad_kernel(
 ):
     wrap: tl.constexpr = 1073741824
     half: tl.constexpr = BLOCK_N // 2
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=True):
+    first_item, end, stride = _walk(num_items, chunk)
+    for item in tl.range(first_item, end, stride, flatten=True):
         segment_ptr = segments_ptr + 8 * tl.load(items_ptr + item)
         group = tl.load(segment_ptr)
         first_row = tl.load(segment_ptr + 1)
