@@ -83,7 +83,8 @@ class GradientReturn:
         helpers = Counter(
             expert for by_helper in self._received for part in by_helper.values() for expert in part
         )
-        total, places = Sum(gradients), self._layout.views(self._buffer)
+        total = Sum(gradients, self._layout)
+        matrices = [view.unbind() for view in self._layout.views(self._buffer)]
         for index, by_helper in enumerate(self._received):
             if index:
                 self._post(index)
@@ -92,12 +93,11 @@ class GradientReturn:
             arrived = [(expert, helper) for helper in by_helper for expert in by_helper[helper]]
             for place in sorted(range(len(arrived)), key=arrived.__getitem__):
                 expert, _ = arrived[place]
-                parts = [matrix[place] for matrix in places]
                 if helpers[expert] > 1:
-                    total.add(expert, parts)
+                    total.add(expert, self._buffer[place])
                     continue
                 sums += [gradient[expert] for gradient in gradients]
-                returned += parts
+                returned += [matrix[place] for matrix in matrices]
             if sums:  # one addition for each element: rounded once in any dtype
                 torch._foreach_add_(sums, returned)
         total.flush()
@@ -119,23 +119,24 @@ class GradientReturn:
 class Sum:
     """Adds returned gradients to the home's, one expert after the other, in fp32."""
 
-    def __init__(self, gradients: Sequence[torch.Tensor]) -> None:
-        self._gradients = gradients
+    def __init__(self, gradients: Sequence[torch.Tensor], layout: BundleLayout) -> None:
+        self._gradients, self._layout = gradients, layout
         self._expert: int | None = None
 
-    def add(self, expert: int, returned: Sequence[torch.Tensor]) -> None:
-        """``returned``: one ``[., .]`` for each matrix."""
+    def add(self, expert: int, bundle: torch.Tensor) -> None:
+        """``bundle``: ``[numel]``."""
         if expert != self._expert:
             self.flush()
             self._expert = expert
-            wide = torch.promote_types(returned[0].dtype, torch.float32)
-            self._totals = [gradient[expert].to(wide) for gradient in self._gradients]
-        for index, part in enumerate(returned):
-            self._totals[index] = self._totals[index] + part
+            wide = torch.promote_types(bundle.dtype, torch.float32)
+            self._total = torch.cat([gradient[expert].view(-1) for gradient in self._gradients])
+            self._total = self._total.to(wide)
+        self._total += bundle
 
     def flush(self) -> None:
         """Round the expert's sum into its gradient."""
         if self._expert is not None:
-            for gradient, total in zip(self._gradients, self._totals, strict=True):
-                gradient[self._expert].copy_(total)
+            sums = self._layout.views(self._total.unsqueeze(0))
+            for gradient, total in zip(self._gradients, sums, strict=True):
+                gradient[self._expert].copy_(total[0])
         self._expert = None
