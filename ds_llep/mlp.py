@@ -89,8 +89,8 @@ class GatedMLPs:
     ) -> HiddenBackward:
         """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up).
 
-        ``make_memory`` gives the weights' gradients a place, like its argument. It is called when
-        the first of them is made.
+        ``make_memory`` gives the gradients of w1, w2 and w3 their memory, like its argument. It is
+        called late, when the first of them is made.
         """
         kernels, counts = self.activation.kernels, self.counts
         gate_NF, up_NF = hidden
@@ -107,7 +107,7 @@ class GatedMLPs:
         memory, grad_w2 = (None, None, None), None
         if need_weights:
             memory = memory if make_memory is None else make_memory(grad_ND)
-            grad_w2 = self._gradient(grad_ND, act_NF, memory[1], scores_N)
+            grad_w2 = self._gradient(grad_ND, act_NF, scores_N, out=memory[1])
         del act_NF
         grad_rows = None
         if need_rows:
@@ -118,16 +118,17 @@ class GatedMLPs:
         """Gradients of w1, w2, w3, each ``[G, ., .]`` as :meth:`of` took them; gives back the
         gate's gradient in between.
         """
-        grad_w1 = self._gradient(step.grad_gate, rows_ND, step.memory[0])
+        grad_w1 = self._gradient(step.grad_gate, rows_ND, out=step.memory[0])
         step.grad_gate = None
-        return [grad_w1, step.grad_w2, self._gradient(step.grad_up, rows_ND, step.memory[2])]
+        grad_w3 = self._gradient(step.grad_up, rows_ND, out=step.memory[2])
+        return [grad_w1, step.grad_w2, grad_w3]
 
     def _gradient(
         self,
         grad_NF: torch.Tensor,
         rows_ND: torch.Tensor,
-        out: torch.Tensor | None,
         weight_N: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The gradient of one of the three, that of its biases with it, in ``out`` if given."""
         kernels, counts = self.activation.kernels, self.counts
