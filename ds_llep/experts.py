@@ -159,8 +159,11 @@ class _ExpertMLP(torch.autograd.Function):
                 with part("wait for foreign backward"):
                     bundles = job.foreign.wait()
             foreign = mlps(job.foreign.layout.views(bundles), job.foreign_counts)
+            homecoming = GradientReturn(job.exchange, job.plan, job.foreign.layout)
             with part("foreign experts backward"):
-                foreign_step = foreign.backward(foreign_grad, hidden_foreign, scores_foreign, *need)
+                foreign_step = foreign.backward(
+                    *(foreign_grad, hidden_foreign, scores_foreign, *need), homecoming.memory
+                )
             grads = home_step.grad_rows, foreign_step.grad_rows, None
             if scores_N is not None:
                 grad_scores = torch.cat((home_step.grad_scores, foreign_step.grad_scores))
@@ -171,11 +174,10 @@ class _ExpertMLP(torch.autograd.Function):
             if not any(need_weights):
                 return *grads, *[None] * 6
             with part("foreign experts backward"):
-                foreign_gradients = foreign.weight_gradients(foreign_step, foreign_rows)
+                foreign.weight_gradients(foreign_step, foreign_rows)
                 del foreign_step  # its gate and up gradients are used up
-            homecoming = GradientReturn(job.exchange, job.plan)
             with part("gradient return"):
-                homecoming.start(foreign_gradients)
+                homecoming.start()
             with part("home experts backward"):
                 gradients = home.weight_gradients(home_step, home_rows)
             with part("gradient return"):

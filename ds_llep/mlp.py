@@ -9,7 +9,7 @@ Shapes: ``G`` experts, ``N`` rows, ``D`` hidden size, ``F`` expert FFN size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ class HiddenBackward:
     grad_w2: torch.Tensor | None
     grad_rows: torch.Tensor | None
     grad_scores: torch.Tensor | None
+    memory: Sequence[torch.Tensor | None]
+    """Where the gradients of w1, w2 and w3 go; None: new memory."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,13 @@ class GatedMLPs:
         scores_N: torch.Tensor | None,
         need_rows: bool,
         need_weights: bool,
+        make_memory: Callable[[torch.Tensor], Sequence[torch.Tensor]] | None = None,
     ) -> HiddenBackward:
-        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up)."""
+        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up).
+
+        ``make_memory`` gives the gradients of w1, w2 and w3 their memory, like its argument. It is
+        called late, when the first of them is made.
+        """
         kernels, counts = self.activation.kernels, self.counts
         gate_NF, up_NF = hidden
         hidden.clear()
@@ -97,34 +104,42 @@ class GatedMLPs:
         if self.out_bias_GD is not None and scores_N is not None:
             stop_G = self.hidden_bias.stop_G
             grad_scores += kernels.gradient_of_bias_weight(grad_ND, self.out_bias_GD, stop_G)
-        grad_w2 = self._gradient(grad_ND, act_NF, scores_N) if need_weights else None
+        memory, grad_w2 = (None, None, None), None
+        if need_weights:
+            memory = memory if make_memory is None else make_memory(grad_ND)
+            grad_w2 = self._gradient(grad_ND, act_NF, scores_N, out=memory[1])
         del act_NF
         grad_rows = None
         if need_rows:
             grad_rows = kernels.gradient_of_rows(grad_gate, self.w1, grad_up, self.w3, counts)
-        return HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows, grad_scores)
+        return HiddenBackward(grad_gate, grad_up, grad_w2, grad_rows, grad_scores, memory)
 
     def weight_gradients(self, step: HiddenBackward, rows_ND: torch.Tensor) -> list[torch.Tensor]:
         """Gradients of w1, w2, w3, each ``[G, ., .]`` as :meth:`of` took them; gives back the
         gate's gradient in between.
         """
-        grad_w1 = self._gradient(step.grad_gate, rows_ND)
+        grad_w1 = self._gradient(step.grad_gate, rows_ND, out=step.memory[0])
         step.grad_gate = None
-        return [grad_w1, step.grad_w2, self._gradient(step.grad_up, rows_ND)]
+        grad_w3 = self._gradient(step.grad_up, rows_ND, out=step.memory[2])
+        return [grad_w1, step.grad_w2, grad_w3]
 
     def _gradient(
         self,
         grad_NF: torch.Tensor,
         rows_ND: torch.Tensor,
         weight_N: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The gradient of one of the three, that of its biases with it."""
+        """The gradient of one of the three, that of its biases with it, in ``out`` if given."""
         kernels, counts = self.activation.kernels, self.counts
         if self.hidden_bias is None:
-            return kernels.gradient_of_weights(grad_NF, rows_ND, counts)
+            return kernels.gradient_of_weights(grad_NF, rows_ND, counts, out)
         num_rows, num_columns = grad_NF.shape[1], rows_ND.shape[1]
-        joined = empty_joint(len(counts), num_rows, num_columns, like=rows_ND)
-        matrix, bias = split(joined, num_rows)
+        if out is None:
+            out = empty_joint(len(counts), num_rows, num_columns, like=rows_ND)
+        else:
+            out[:, num_rows:].zero_()  # some of it is neither matrix nor bias
+        matrix, bias = split(out, num_rows)
         kernels.gradient_of_weights(grad_NF, rows_ND, counts, out=matrix)
         bias.copy_(kernels.gradient_of_bias(grad_NF, counts, weight_N))
-        return joined
+        return out
