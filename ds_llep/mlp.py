@@ -17,7 +17,7 @@ import torch
 
 from ds_llep.activation import Activation
 from ds_llep.biased import empty_joint, split
-from ds_llep.kernels.tables import HiddenBias, to_device
+from ds_llep.kernels.tables import HiddenBias, Part, to_device
 
 
 @dataclass
@@ -66,37 +66,68 @@ class GatedMLPs:
         stop_G = to_device(np.cumsum(counts, dtype=np.int32), w1.device)
         return cls(w1, w2, w3, counts, activation, HiddenBias(gate, up, stop_G), out)
 
-    def forward(
-        self, rows_ND: torch.Tensor, scores_N: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output, and what backward needs: gate and up, without their biases."""
+    def in_parts(self, rows_ND: torch.Tensor) -> bool:
+        """Whether the steps below take a part of the rows."""
+        if self.out_bias_GD is not None:  # which is added to all rows at once
+            return False
+        return self.activation.kernels.in_parts(rows_ND, self.w1, self.w2, self.w3)
+
+    def gate_up(
+        self,
+        rows_ND: torch.Tensor,
+        part: Part | None = None,
+        out: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What backward needs: gate and up, without their biases."""
         kernels = self.activation.kernels
-        gate_NF, up_NF = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts)
-        act_NF = self.activation.forward(gate_NF, up_NF, scores_N, self.hidden_bias)
-        out_ND = kernels.product(act_NF, self.w2, self.counts)
+        return kernels.gate_up(rows_ND, self.w1, self.w3, self.counts, part, out)
+
+    def activate(
+        self, gate_NF: torch.Tensor, up_NF: torch.Tensor, scores_N: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What goes into the down projection."""
+        return self.activation.forward(gate_NF, up_NF, scores_N, self.hidden_bias)
+
+    def down(
+        self,
+        act_NF: torch.Tensor,
+        scores_N: torch.Tensor | None,
+        part: Part | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The output."""
+        kernels = self.activation.kernels
+        out_ND = kernels.product(act_NF, self.w2, self.counts, part=part, out=out)
         if self.out_bias_GD is not None:
             kernels.add_bias(out_ND, self.out_bias_GD, self.hidden_bias.stop_G, scores_N)
-        return out_ND, gate_NF, up_NF
+        return out_ND
+
+    def down_backward(
+        self, grad_ND: torch.Tensor, part: Part | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The gradient of what :meth:`activate` returned."""
+        kernels = self.activation.kernels
+        return kernels.product(grad_ND, self.w2, self.counts, transpose=False, part=part, out=out)
 
     def backward(
         self,
         grad_ND: torch.Tensor,
+        grad_act: torch.Tensor,
         hidden: list[torch.Tensor],
         scores_N: torch.Tensor | None,
         need_rows: bool,
         need_weights: bool,
         make_memory: Callable[[torch.Tensor], Sequence[torch.Tensor]] | None = None,
     ) -> HiddenBackward:
-        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up).
+        """From the output's gradient and :meth:`down_backward` of it to the hidden layer's.
 
+        Empties ``hidden`` (gate and up), and uses up ``grad_act``.
         ``make_memory`` gives the gradients of w1, w2 and w3 their memory, like its argument. It is
         called late, when the first of them is made.
         """
         kernels, counts = self.activation.kernels, self.counts
         gate_NF, up_NF = hidden
         hidden.clear()
-        grad_ND = grad_ND.contiguous()
-        grad_act = kernels.product(grad_ND, self.w2, counts, transpose=False)
         grad_gate, grad_up, act_NF, grad_scores = self.activation.backward(
             grad_act, gate_NF, up_NF, scores_N, self.hidden_bias
         )
@@ -118,7 +149,8 @@ class GatedMLPs:
         """Gradients of w1, w2, w3, each ``[G, ., .]`` as :meth:`of` took them; gives back the
         gate's gradient in between.
         """
-        grad_w1 = self._gradient(step.grad_gate, rows_ND, out=step.memory[0])
+        # Beside it the gradients of the rows travel.
+        grad_w1 = self._gradient(step.grad_gate, rows_ND, out=step.memory[0], beside=True)
         step.grad_gate = None
         grad_w3 = self._gradient(step.grad_up, rows_ND, out=step.memory[2])
         return [grad_w1, step.grad_w2, grad_w3]
@@ -129,17 +161,18 @@ class GatedMLPs:
         rows_ND: torch.Tensor,
         weight_N: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        beside: bool = False,
     ) -> torch.Tensor:
         """The gradient of one of the three, that of its biases with it, in ``out`` if given."""
         kernels, counts = self.activation.kernels, self.counts
         if self.hidden_bias is None:
-            return kernels.gradient_of_weights(grad_NF, rows_ND, counts, out)
+            return kernels.gradient_of_weights(grad_NF, rows_ND, counts, out, beside)
         num_rows, num_columns = grad_NF.shape[1], rows_ND.shape[1]
         if out is None:
             out = empty_joint(len(counts), num_rows, num_columns, like=rows_ND)
         else:
             out[:, num_rows:].zero_()  # some of it is neither matrix nor bias
         matrix, bias = split(out, num_rows)
-        kernels.gradient_of_weights(grad_NF, rows_ND, counts, out=matrix)
+        kernels.gradient_of_weights(grad_NF, rows_ND, counts, matrix, beside)
         bias.copy_(kernels.gradient_of_bias(grad_NF, counts, weight_N))
         return out
