@@ -118,12 +118,12 @@ def test_never_slower_than_without_spills_or_with_lla(case):
 @for_all(cases, examples=MANY)
 def test_the_search_knows_the_exact_time(case):
     """After thousands of shifts, what it has kept for each rank is what the model says."""
-    start = [(spill.expert, spill.helper, spill.tokens) for spill in case.plan("lla").spills]
-    for spills in ([], start):
-        limits = 1, case.config.max_foreign_experts, None
-        tokens_EP, (before, after) = planner_cost.plan_cost(
-            case.counts_PE, case.nodes_P, case.costs.prices, *limits, spills
+    limits = case.config.min_tokens_per_gemm, case.config.max_foreign_experts
+    for factor in (case.config.capacity_factor, None):
+        tokens_EP, spills, (before, after) = planner_cost.plan_cost(
+            case.counts_PE, case.nodes_P, case.costs.prices, *limits, factor, threshold=1.0
         )
+        assert spills == ((tokens_EP > 0) & (case.at_home() == 0)).sum()
         assert before == case.time(case.at_home())
         assert after == case.time(tokens_EP)
 
