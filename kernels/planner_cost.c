@@ -263,10 +263,6 @@ static int before(const Candidate *a, const Candidate *b) {
     return a->expert < b->expert;
 }
 
-static Candidate offer(const Search *s, i64 e, i64 h, i64 q, i64 left) {
-    return (Candidate){left, least(s->own[e * s->P + h], q), s->time[h], e, h, q};
-}
-
 /* Relieve rank g by lending one of its home experts to a rank that has none of it. The helper is
  * filled up to `target` or, to `overfill` it, as far as g is: a rank that borrows can lend as many
  * experts at no price, so it may hand on what is too much for it. */
@@ -291,14 +287,19 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int over
             i64 left = left_for(s, h, high, k);
             if (left < 0 && s->costs.row > s->costs.copy[k]) continue;
             for (i64 e = g * s->M; e < (g + 1) * s->M; e++) {
-                i64 cap = least(want, s->tokens[e * s->P + g]);
-                if (s->takes[e * s->P + h] || cap < s->min_tokens) continue;
-                Candidate new = offer(s, e, h, cap, most(heavy - cap * relief, target) + later);
+                i64 at = e * s->P, cap = least(want, s->tokens[at + g]);
+                i64 rest = most(heavy - cap * relief, target) + later;
                 /* Few are worth a closer look: most would not be taken even if they fit. */
+                if (found == TRIES && rest > best[TRIES - 1].left) continue;
+                Candidate new = {rest, least(s->own[at + h], cap), s->time[h], e, h, cap};
                 if (found == TRIES && !before(&new, &best[TRIES - 1])) continue;
+                if (s->takes[at + h] || cap < s->min_tokens) continue;
                 i64 q = room(s, e, h, left, cap);
                 if (q < s->min_tokens) continue;
-                new = offer(s, e, h, q, most(heavy - q * relief, target) + later);
+                if (q < cap) {
+                    new.left = most(heavy - q * relief, target) + later;
+                    new.own = least(new.own, q), new.tokens = q;
+                }
                 int i = found < TRIES ? found++ : TRIES;
                 for (; i > 0 && before(&new, &best[i - 1]); i--)
                     if (i < TRIES) best[i] = best[i - 1];
@@ -417,7 +418,7 @@ static void replicate(Search *s, i64 target, i64 times) {
 }
 
 /* Relieve the slowest rank until nothing does. */
-static void search(Search *s, i64 target, int far_first, int overfill) {
+static void search(Search *s, i64 target, i64 best, int far_first, int overfill) {
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
@@ -425,6 +426,7 @@ static void search(Search *s, i64 target, int far_first, int overfill) {
         if (relieve_lending(s, g, target, far_first, overfill)) continue;
         if (over <= target / 200) break;
         target += over / 3;
+        if (target >= best) break;
     }
 }
 
@@ -563,7 +565,7 @@ static i64 improve(Search *s, const Saved *at_home, Saved *found, i64 best, i64 
             if (replicated) replicate(s, NO_LIMIT, 1 << (from - REPLICATED));
             if (from == WITHIN_TARGET) replicate(s, target, 1);
             if ((replicated || from == WITHIN_TARGET) && !s->num_shared) continue;
-            search(s, target, from == FAR_FIRST, from == OVERFILL);
+            search(s, target, best, from == FAR_FIRST, from == OVERFILL);
             if (s->time[slowest(s)] >= best) continue;
             take_back(s, s->time[slowest(s)]);
             best = s->time[slowest(s)], save(s, found), in_vain = -1;
