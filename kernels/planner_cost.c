@@ -8,9 +8,11 @@
  * What is found depends on the first target, so several are tried, each nearer to the best time
  * found so far.
  *
- * Integers only, no recursion, memory of a few [E, P] arrays: every rank finds the same plan.
+ * Integers, and two IEEE doubles as in Python: every rank finds the same plan. No recursion, memory
+ * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone back
+ * to brings the times of its ranks along.
  *
- * E experts, P ranks, M = E / P experts at home on a rank; node[p] in [0, P).
+ * E experts, P ranks, M = E / P experts at home on a rank.
  */
 
 #include <math.h>
@@ -23,7 +25,7 @@ typedef int64_t i64;
 enum { INSIDE, BETWEEN, KINDS };
 enum { CANDIDATES = 2, TRIES = 3 }; /* helpers of each kind to choose from, shifts to try */
 enum { NO_MEMORY = -1, TOO_MANY = -2 };
-enum { SHIFTS = 5000 };             /* of a whole search: a millisecond or two */
+enum { SHIFTS = 5000 };             /* of a whole search: a millisecond */
 enum { RANKS = 2 + 4 * KINDS };     /* numbers that are kept for each rank */
 
 /* Where a search starts: all at home, and again with helpers on other nodes first; experts replicated
@@ -476,9 +478,6 @@ i64 plan_lla(i64 P, i64 E, const i64 *load, const i64 *by_load, i64 min_tokens, 
         }
         effective[home] += rest;
         for (i64 at = first; at < count; at++) foreign[spills[at].helper]++;
-        int full = 0;
-        for (i64 r = 0; r < P; r++) full |= effective[r] > capacity;
-        if (!full) break;
     }
     return count;
 }

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
     size, array, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     loaded.plan_cost.argtypes = (size, size, *[array] * 4, number, number, array, array)
     loaded.plan_cost.restype = size
-    loaded.cut.argtypes = (size, size, *[array] * 10)
+    loaded.cut.argtypes = (size, size, *[array] * 3, size, array)
     loaded.cut.restype = None
     return loaded
 
@@ -148,14 +148,10 @@ def cut(
     """
     P, E = counts_PE.shape
     room = np.count_nonzero(tokens_EP)
-    columns, sent_JP = np.empty((4, room), dtype=np.int64), np.empty((room, P), dtype=np.int64)
+    found = np.empty(2 + P + room * (4 + P), dtype=np.int64)
     arrays = [np.ascontiguousarray(array) for array in (counts_PE, tokens_EP, nodes_P)]
-    first, stride = columns.ctypes.data, columns.strides[0]
-    numbers = (ctypes.c_int64 * 2)()
-    library().cut(
-        *(P, E, *(array.ctypes.data for array in arrays), (ctypes.c_int64 * P)(), numbers),
-        *(range(first, first + 4 * stride, stride) if room else [None] * 4),
-        sent_JP.ctypes.data,
-    )
-    X, J = numbers
-    return columns[0, :X], columns[1, :J], columns[2, :J], columns[3, :J], sent_JP[:J]
+    library().cut(P, E, *(array.ctypes.data for array in arrays), room, found.ctypes.data)
+    X, J = found[:2].tolist()
+    expert_X, *segments = found[2 + P : 2 + P + 4 * room].reshape(4, room)
+    sent_JP = found[2 + P + 4 * room :].reshape(room, P)
+    return expert_X[:X], *(column[:J] for column in segments), sent_JP[:J]

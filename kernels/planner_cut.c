@@ -8,11 +8,13 @@ enum { OWN, NODE, ALL }; /* whose tokens a rank takes: its own first */
 
 /* The segments of the experts that are not at home alone, by expert, then rank.
  *
- * E experts, P ranks; nodes_P: any numbers. left_P is to work in. The rest is written and has room
- * for `room` segments: the experts, each segment's expert, rank and tokens, and how many of these are
- * each source's. numbers gets how many experts and segments there are. */
-void cut(i64 P, i64 E, const i64 *counts_PE, const i64 *tokens_EP, const i64 *nodes_P, i64 *left_P,
-         i64 *numbers, i64 *expert_X, i64 *expert_J, i64 *rank_J, i64 *tokens_J, i64 *sent_JP) {
+ * E experts, P ranks; nodes_P: any numbers. found is [2 + P + room * (4 + P)] and gets, one after the
+ * other: how many experts and segments there are; P numbers to work in; the experts; each segment's
+ * expert, rank, and tokens, each with room for `room`; how many of the tokens are each source's. */
+void cut(i64 P, i64 E, const i64 *counts_PE, const i64 *tokens_EP, const i64 *nodes_P, i64 room,
+         i64 *found) {
+    i64 *left_P = found + 2, *expert_X = left_P + P, *expert_J = expert_X + room;
+    i64 *rank_J = expert_J + room, *tokens_J = rank_J + room, *sent_JP = tokens_J + room;
     i64 X = 0, J = 0;
     for (i64 e = 0; e < E; e++) {
         const i64 *tokens_P = tokens_EP + e * P;
@@ -37,5 +39,5 @@ void cut(i64 P, i64 E, const i64 *counts_PE, const i64 *tokens_EP, const i64 *no
                 }
             }
     }
-    numbers[0] = X, numbers[1] = J;
+    found[0] = X, found[1] = J;
 }
