@@ -6,7 +6,7 @@ A segment is what one rank computes of one expert. Two rules cut an expert's tok
   runs, one for each computing rank in rank order;
 - local: a rank first computes tokens that are its own, then tokens of its node, and what is left
   is cut by source. No other cut leaves fewer tokens between nodes, or fewer between ranks. It is
-  for planner "cost" alone, and in C as that is.
+  planner "cost"'s, and in C as that is.
 
 Either way the tokens that a source sends to a segment are consecutive among its tokens of the
 expert, segments in rank order.
@@ -69,6 +69,7 @@ def cut(counts_PE: np.ndarray, tokens_EP: np.ndarray, nodes_P: np.ndarray | None
     last_JP = np.minimum(source_JP, ends_J[:, None])
     first_JP = np.maximum(source_JP - supply_JP, (ends_J - tokens_J)[:, None])
     sent_JP = np.maximum(last_JP - first_JP, 0)
+    sent_JP.setflags(write=False)
     return Cut(spilled, Segments(expert_J, rank_J, tokens_J), sent_JP)
 
 
