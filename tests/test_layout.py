@@ -21,7 +21,7 @@ GROUP_GEMM = "deepspeed.ops.triton_ops.group_gemm_triton"
 ROOMS = {
     # module of ds_llep: (modules of ds_llep below it, packages from outside)
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
-    "cut": (set(), {"numpy"}),
+    "cut": ({"kernels.planner_cost"}, {"numpy"}),
     "costs": ({"cut"}, {"numpy"}),
     "planners": ({"costs", "kernels.planner_cost"}, {"numpy"}),
     "plan": ({"costs", "cut", "planners"}, {"numpy"}),
