@@ -9,8 +9,8 @@ A model in integers, so that every rank finds the same. A rank's time is the sum
 
 Ranks wait for each other in every all-to-all, so the plan costs what its slowest rank takes.
 
-Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank, `X`
-spilled experts, `J` segments (see cut.py).
+Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank, `J`
+segments (see cut.py).
 """
 
 from dataclasses import dataclass
@@ -77,15 +77,12 @@ def rank_costs(
     P, E = counts_PE.shape
     M = E // P
     home_E = np.arange(E) // M
-    shared_X = np.flatnonzero(tokens_EP.sum(1) != tokens_EP[np.arange(E), home_E])
-    index_J, rank_J = np.nonzero(tokens_EP[shared_X])
-    tokens_J = tokens_EP[shared_X[index_J], rank_J]
-    home_J = home_E[shared_X[index_J]]
-    sent_JP = cut(counts_PE.T[shared_X], index_J, rank_J, tokens_J, nodes_P if local else None)
+    spilled, (expert_J, rank_J, _), sent_JP = cut(counts_PE, tokens_EP, nodes_P if local else None)
+    home_J = home_E[expert_J]
 
     # Copies by source and computing rank.
     copies_PP = counts_PE.reshape(P, P, M).sum(2)
-    np.subtract.at(copies_PP.T, home_E[shared_X], counts_PE.T[shared_X])
+    np.subtract.at(copies_PP.T, home_E[spilled], counts_PE.T[spilled])
     np.add.at(copies_PP.T, rank_J, sent_JP)
     np.fill_diagonal(copies_PP, 0)
     foreign = rank_J != home_J

@@ -17,7 +17,8 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_llep.kernels.select import KernelSet
 
-_EXTRA_FIELDS = 4  # unknown expert ids, non-finite scores, router raised, version of the weights
+_EXTRA_FIELDS = 3  # unknown expert ids, non-finite scores, version of the weights
+_ROUTER_RAISED = -1  # in place of a version
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Counting:
         group: the EP group, or several together; all of its R ranks must call.
         device: where the collective runs.
         kernels: launchers that count.
-        version: a number that the others want to know, of this rank's weights.
+        version: a number >= 0 that the others want to know, of this rank's weights.
+
+    Attributes:
+        blocks: what ``address_copies`` needs; None where the router raised.
     """
 
     def __init__(
@@ -60,11 +64,14 @@ class Counting:
         version: int = 0,
     ) -> None:
         self._num_experts, self._group = num_experts, group
-        fields = [0] * (2 * num_experts + num_ranks + _EXTRA_FIELDS)
-        fields[-2:] = int(selected_TK is None), version
-        report = torch.tensor(fields).to(device, non_blocking=True)
-        if selected_TK is not None:
-            kernels.count_copies(selected_TK, scores_TK.detach(), num_experts, num_ranks, report)
+        if selected_TK is None:
+            fields = [0] * (2 * num_experts + num_ranks + _EXTRA_FIELDS)
+            fields[-1] = _ROUTER_RAISED
+            report, self.blocks = torch.tensor(fields, device=device), None
+        else:
+            report, self.blocks = kernels.count_copies(
+                selected_TK, scores_TK.detach(), num_experts, num_ranks, version
+            )
         size = 1 if group is None else dist.get_world_size(group=group)
         gathered = report
         if size > 1:
@@ -100,11 +107,18 @@ class Counting:
         if self._event is not None:
             self._event.synchronize()
         reports, *others = (x.numpy() for x in self._host)
-        num_experts = self._num_experts
-        unknown, non_finite, raised, versions = reports[:, -_EXTRA_FIELDS:].T
+        E = self._num_experts
+        extra = reports[:, -_EXTRA_FIELDS:].tolist()
+        if any(unknown or odd or version == _ROUTER_RAISED for unknown, odd, version in extra):
+            raise ValueError(self._what_is_wrong(layer_name, np.array(extra)))
+        tokens, alone, reached, _ = np.split(reports, [E, 2 * E, -_EXTRA_FIELDS], axis=1)
+        return Counts(tokens, alone, reached, [version for *_, version in extra]), others
+
+    def _what_is_wrong(self, layer_name: str, extra: np.ndarray) -> str:
+        unknown, non_finite, versions = extra.T
         problems = (
-            (raised, "the router raised (see the error on that rank)"),
-            (unknown, f"the router chose expert ids outside [0, {num_experts})"),
+            (versions == _ROUTER_RAISED, "the router raised (see the error on that rank)"),
+            (unknown, f"the router chose expert ids outside [0, {self._num_experts})"),
             (non_finite, "the router gave scores that are NaN or infinite"),
         )
         messages = [
@@ -112,15 +126,11 @@ class Counting:
             for bad, what in problems
             if bad.any()
         ]
-        if messages:
-            raise ValueError(
-                f"llep: MoE layer '{layer_name}': {'; '.join(messages)}. Every rank stops here, "
-                "since tokens without an expert cannot be dispatched. NaN scores usually mean that "
-                "the model has diverged (lower the learning rate, check the loss scale and the "
-                "data)."
-            )
-        fields = np.split(reports[:, :-_EXTRA_FIELDS], [num_experts, 2 * num_experts], axis=1)
-        return Counts(*fields, versions.tolist()), others
+        return (
+            f"llep: MoE layer '{layer_name}': {'; '.join(messages)}. Every rank stops here, since "
+            "tokens without an expert cannot be dispatched. NaN scores usually mean that the model "
+            "has diverged (lower the learning rate, check the loss scale and the data)."
+        )
 
 
 def _global_ranks(flagged_R: np.ndarray, group: dist.ProcessGroup | None) -> list[int]:

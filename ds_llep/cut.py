@@ -5,65 +5,85 @@ A segment is what one rank computes of one expert. Two rules cut an expert's tok
 - by source, the paper's: the tokens, concatenated over source ranks in rank order, are cut into
   runs, one for each computing rank in rank order;
 - local: a rank first computes tokens that are its own, then tokens of its node, and what is left
-  is cut by source. No other cut leaves fewer tokens between nodes, or fewer between ranks.
+  is cut by source. No other cut leaves fewer tokens between nodes, or fewer between ranks. It is
+  planner "cost"'s, and in C as that is.
 
 Either way the tokens that a source sends to a segment are consecutive among its tokens of the
 expert, segments in rank order.
 
-Shape letters: `P` ranks of the group, `X` experts, `J` segments, those of one expert side by side.
+Shape letters: `E` experts, `P` ranks of the group, `X` spilled experts, `J` segments.
 """
+
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
+from ds_llep.kernels import planner_cost
 
-def cut(
-    counts_XP: np.ndarray,
-    expert_J: np.ndarray,
-    rank_J: np.ndarray,
-    tokens_J: np.ndarray,
-    nodes_P: np.ndarray | None,
-) -> np.ndarray:
-    """How many tokens each segment gets from each source.
+
+class Segments(NamedTuple):
+    """What each rank computes of each spilled expert, ordered by expert, then rank; int64 [J]."""
+
+    expert_J: np.ndarray
+    rank_J: np.ndarray
+    tokens_J: np.ndarray
+
+
+class Cut(NamedTuple):
+    """How an assignment's spilled experts are cut."""
+
+    spilled: np.ndarray
+    """int64 [X]: the experts that are not computed at home alone, ascending."""
+    segments: Segments
+    """One segment per (spilled expert, rank) that computes tokens, home ranks included."""
+    sent_JP: np.ndarray
+    """int64 [J, P]: how many tokens of each segment are source rank p's."""
+
+
+def cut(counts_PE: np.ndarray, tokens_EP: np.ndarray, nodes_P: np.ndarray | None) -> Cut:
+    """Cut the spilled experts' tokens.
 
     Args:
-        counts_XP: int64, tokens of each expert by source rank.
-        expert_J, rank_J: the segments' experts, as indices into `counts_XP`, and computing ranks;
-            ascending by expert, then rank.
-        tokens_J: int64; those of an expert add up to its tokens.
+        counts_PE: int64, each rank's own tokens per expert.
+        tokens_EP: int64, tokens of each expert that each rank computes.
         nodes_P: the node of each rank, for the local rule; None: by source.
-
-    Returns:
-        int64 [J, P].
     """
-    if nodes_P is None:
-        return _overlap(counts_XP[expert_J], tokens_J, expert_J)
-    segments = np.arange(len(rank_J))
-    left_XP = counts_XP.copy()
-    own_J = np.minimum(left_XP[expert_J, rank_J], tokens_J)
-    left_XP[expert_J, rank_J] -= own_J
-    left_J = tokens_J - own_J
-    sent_JP = np.zeros((len(rank_J), counts_XP.shape[1]), dtype=np.int64)
-    if nodes_P.min() != nodes_P.max():
-        node_J = nodes_P[rank_J]
-        # The segments of an expert on one node side by side.
-        key_J = expert_J * (nodes_P.max() + 1) + node_J
-        order = np.argsort(key_J, kind="stable")
-        near_JP = np.where(node_J[:, None] == nodes_P, left_XP[expert_J], 0)
-        sent_JP[order] = _overlap(near_JP[order], left_J[order], key_J[order])
-        np.subtract.at(left_XP, expert_J, sent_JP)
-        left_J = left_J - sent_JP.sum(1)
-    sent_JP += _overlap(left_XP[expert_J], left_J, expert_J)
-    sent_JP[segments, rank_J] += own_J
-    return sent_JP
-
-
-def _overlap(supply_JP: np.ndarray, demand_J: np.ndarray, key_J: np.ndarray) -> np.ndarray:
-    """Cut by source: what runs of `demand_J`, one after the other among equal keys, get of a supply
-    that is the same for equal keys."""
+    if nodes_P is not None:
+        spilled, *segments, sent_JP = planner_cost.cut(counts_PE, tokens_EP, nodes_P)
+        return Cut(spilled, Segments(*segments), sent_JP)
+    E, P = tokens_EP.shape
+    at_home_E = tokens_EP.reshape(-1)[home_places(E, P)]
+    spilled = np.flatnonzero(at_home_E != tokens_EP.sum(1))
+    if not len(spilled):  # balanced routing is common, and every layer waits for this
+        return nothing_spills(P)
+    index_J, rank_J = np.nonzero(tokens_EP[spilled])
+    expert_J = spilled[index_J]
+    tokens_J = tokens_EP[expert_J, rank_J]
+    # What runs of `tokens_J`, one after the other for each expert, get of its tokens by source.
+    supply_JP = counts_PE.T[expert_J]
     source_JP = supply_JP.cumsum(1)
-    ends_J = demand_J.cumsum()
-    first_J = np.searchsorted(key_J, key_J)  # of the segments with the same key
-    ends_J -= (ends_J - demand_J)[first_J]
+    ends_J = tokens_J.cumsum()
+    first_J = np.searchsorted(expert_J, expert_J)  # the expert's first segment
+    ends_J -= (ends_J - tokens_J)[first_J]
     last_JP = np.minimum(source_JP, ends_J[:, None])
-    first_JP = np.maximum(source_JP - supply_JP, (ends_J - demand_J)[:, None])
-    return np.maximum(last_JP - first_JP, 0)
+    first_JP = np.maximum(source_JP - supply_JP, (ends_J - tokens_J)[:, None])
+    sent_JP = np.maximum(last_JP - first_JP, 0)
+    sent_JP.setflags(write=False)
+    return Cut(spilled, Segments(expert_J, rank_J, tokens_J), sent_JP)
+
+
+@cache
+def nothing_spills(num_ranks: int) -> Cut:
+    """The cut where every expert is at home."""
+    nothing = np.empty(0, dtype=np.int64)
+    return Cut(nothing, Segments(*[nothing] * 3), np.empty((0, num_ranks), dtype=np.int64))
+
+
+@cache
+def home_places(num_experts: int, num_ranks: int) -> np.ndarray:
+    """int64 [E]: where in a flattened [E, P] each expert's entry for its home is."""
+    experts = np.arange(num_experts)
+    places = experts * num_ranks + experts * num_ranks // num_experts
+    places.setflags(write=False)  # shared
+    return places

@@ -6,6 +6,8 @@ all-to-all with the splits swapped, and a token's sum over its own rows and its 
 goes there in forward and back in backward, combine the other way round, so one route serves all
 four and every rank issues exactly one all-to-all for each, whatever the plan says.
 
+The experts choose one end of each, so that rows travel beside products (crossings.py).
+
 Sums run in fp32 and are rounded once where they are made: on the rank that computed the rows and
 once more on the token's own.
 
@@ -19,12 +21,14 @@ parcels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
 import deepspeed.comm as dist
 import torch
 
+from ds_llep.crossings import Arrival, Crossings, Departure
 from ds_llep.route import Route, RouteMaps
 from ds_llep.timeline import part
 
@@ -46,44 +50,15 @@ class Dispatched(NamedTuple):
     """int32 on the device: the row of each copy in each parcel that arrived, else -1."""
 
 
-class DispatchBackward:
-    """Dispatch's backward of one layer and micro-batch, up to the all-to-all.
+def crossings(route: Route) -> Crossings:
+    """The ends of a layer's and micro-batch's all-to-alls that are the experts' to choose.
 
-    Who has the rows' gradients may start it early, so that they travel while the gradients of the
-    weights are computed; dispatch itself does so otherwise.
+    What departs are, in forward, ``(out_home, out_foreign, arrived_UK)``, to arrive as the list of
+    sums ``[U, D]``; in backward ``(grad_home, grad_foreign, grad_scores_N, arrived_UK)``, to arrive
+    as sums and score gradients ``[U, K]`` of this rank's tokens.
     """
-
-    def __init__(self, route: Route) -> None:
-        self._route = route
-        self._arriving: Callable[[], torch.Tensor] | None = None
-
-    def start(
-        self,
-        grad_home: torch.Tensor,
-        grad_foreign: torch.Tensor,
-        grad_scores_N: torch.Tensor,
-        arrived_UK: torch.Tensor,
-    ) -> None:
-        """Sum gradients over the copies of each parcel and start to send them back."""
-        route = self._route
-        fields = _gradient_fields(grad_home, grad_scores_N, arrived_UK)
-        with part("rows"):
-            sent = _new_parcels(len(arrived_UK), fields, grad_home)
-            sums_UD, values_UK = _open(sent, fields)
-            route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
-            values_UK.copy_(_of_rows(grad_scores_N, arrived_UK))
-        self._arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
-
-    def finish(self, *gradients: torch.Tensor) -> list[torch.Tensor]:
-        """Sums ``[U, D]`` and score gradients ``[U, K]``, of this rank's tokens elsewhere.
-
-        ``gradients`` are those of :meth:`start`, which is called now if it was not before.
-        """
-        if self._arriving is None:
-            self.start(*gradients)
-        arriving, self._arriving = self._arriving, None
-        grad_home, _, grad_scores_N, arrived_UK = gradients
-        return _open(arriving(), _gradient_fields(grad_home, grad_scores_N, arrived_UK))
+    results = Departure(partial(_send_results, route))
+    return Crossings(Arrival(), results, Arrival(), Departure(partial(_send_gradients, route)))
 
 
 def dispatch(
@@ -91,13 +66,14 @@ def dispatch(
     scores_TK: torch.Tensor,
     route: Route,
     maps: RouteMaps,
-    backward: DispatchBackward,
+    crossings: Crossings,
 ) -> Dispatched:
     """Send each token ``[T, D]`` and its scores to the ranks that compute it.
 
-    Differentiable in both.
+    Differentiable in both. Only this rank's own rows are in place before ``crossings.tokens`` is
+    finished.
     """
-    return Dispatched(*_Dispatch.apply(x_TD, scores_TK, route, backward, *maps))
+    return Dispatched(*_Dispatch.apply(x_TD, scores_TK, route, crossings, *maps))
 
 
 def combine(
@@ -106,18 +82,21 @@ def combine(
     arrived_UK: torch.Tensor,
     route: Route,
     maps: RouteMaps,
+    crossings: Crossings,
 ) -> torch.Tensor:
     """Send results home and sum them over K; ``[T, D]``.
 
     ``out_home`` and ``out_foreign`` have the shapes that :func:`dispatch` returned. Differentiable
-    in both.
+    in both. In backward, only this rank's own rows of the gradients are in place before
+    ``crossings.gradients`` is finished.
     """
-    return _Combine.apply(out_home, out_foreign, arrived_UK, maps.own_TK, maps.sent_TK, route)
+    own_TK, sent_TK, _ = maps
+    return _Combine.apply(out_home, out_foreign, arrived_UK, own_TK, sent_TK, route, crossings)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, scores_TK, route, backward, own_TK, sent_TK, target_TK):
+    def forward(ctx, x_TD, scores_TK, route, crossings, own_TK, sent_TK, target_TK):
         kernels = route.kernels
         with part("dispatch"):
             hidden, top_k = x_TD.shape[1], scores_TK.shape[1]
@@ -133,12 +112,19 @@ class _Dispatch(torch.autograd.Function):
                 rows_ND = x_TD.new_empty((route.num_rows + 1, hidden))
                 scores_N = scores_TK.new_empty(route.num_rows + 1, dtype=score_dtype)
                 kernels.scatter_rows(x_TD, own_TK, rows_ND, scores_TK, scores_N)
-            tokens_UD, values_UK, targets_UK = _open(arriving(), fields)
-            with part("rows"):
-                arrived_UK = targets_UK.contiguous()
-                kernels.scatter_rows(tokens_UD, arrived_UK, rows_ND, values_UK, scores_N)
+            arrived_UK = own_TK.new_empty((sum(route.recv_splits), top_k))
+            # Autograd, which counts what is written to its tensors, knows of no writing later on.
+            index_UK, *rows = arrived_UK.data, rows_ND.data, scores_N.data
+
+            def rest() -> None:
+                tokens_UD, values_UK, targets_UK = _open(arriving(), fields)
+                with part("rows"):
+                    index_UK.copy_(targets_UK)
+                    kernels.scatter_rows(tokens_UD, index_UK, rows[0], values_UK, rows[1])
+
+            crossings.tokens.expect(rest)
         ctx.save_for_backward(own_TK, sent_TK, arrived_UK)
-        ctx.kernels, ctx.backward, ctx.score_dtype = kernels, backward, scores_TK.dtype
+        ctx.kernels, ctx.crossings, ctx.score_dtype = kernels, crossings, scores_TK.dtype
         ctx.mark_non_differentiable(arrived_UK)
         home, foreign = rows_ND[: route.num_home_rows], rows_ND[route.num_home_rows : -1]
         return home, foreign, scores_N[:-1], arrived_UK
@@ -147,25 +133,25 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, grad_home, grad_foreign, grad_scores_N, _):
         own_TK, sent_TK, arrived_UK = ctx.saved_tensors
         with part("dispatch backward"):
-            sums_UD, values_UK = ctx.backward.finish(
+            sums_UD, values_UK = ctx.crossings.token_gradients.finish(
                 grad_home, grad_foreign, grad_scores_N, arrived_UK
             )
             with part("rows"):
                 grad_x = ctx.kernels.sum_rows(grad_home, grad_foreign, own_TK, sums_UD, sent_TK)
-                grad_scores = _of_rows(grad_scores_N, own_TK) + _of_parcels(values_UK, sent_TK)
-        return grad_x, grad_scores.to(ctx.score_dtype), *[None] * 5
+                grad_scores = grad_scores_N.new_empty(own_TK.shape, dtype=ctx.score_dtype)
+                ctx.kernels.gather_values(
+                    grad_scores_N, own_TK, values_UK, sent_TK, out_UK=grad_scores
+                )
+        return grad_x, grad_scores, *[None] * 5
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out_home, out_foreign, arrived_UK, own_TK, sent_TK, route):
+    def forward(ctx, out_home, out_foreign, arrived_UK, own_TK, sent_TK, route, crossings):
         ctx.save_for_backward(own_TK, sent_TK, arrived_UK)
-        ctx.route = route
+        ctx.route, ctx.crossings = route, crossings
         with part("combine"):
-            with part("rows"):
-                sums_UD = route.kernels.sum_rows(out_home, out_foreign, arrived_UK)
-            arriving = _all_to_all(sums_UD, route.recv_splits, route.send_splits, route)
-            sums_UD = arriving()
+            (sums_UD,) = crossings.results.finish(out_home, out_foreign, arrived_UK)
             with part("rows"):
                 return route.kernels.sum_rows(out_home, out_foreign, own_TK, sums_UD, sent_TK)
 
@@ -182,11 +168,44 @@ class _Combine(torch.autograd.Function):
             with part("rows"):
                 rows_ND = grad_TD.new_empty((route.num_rows + 1, hidden))
                 kernels.scatter_rows(grad_TD, own_TK, rows_ND)
-            arrived_UD = arriving()
-            with part("rows"):
-                kernels.scatter_rows(arrived_UD, arrived_UK, rows_ND)
+
+            rows = rows_ND.data  # as in dispatch
+
+            def rest() -> None:
+                arrived_UD = arriving()
+                with part("rows"):
+                    kernels.scatter_rows(arrived_UD, arrived_UK, rows)
+
+            ctx.crossings.gradients.expect(rest)
         home, foreign = rows_ND[: route.num_home_rows], rows_ND[route.num_home_rows : -1]
-        return home, foreign, *[None] * 4
+        return home, foreign, *[None] * 5
+
+
+def _send_results(
+    route: Route, out_home: torch.Tensor, out_foreign: torch.Tensor, arrived_UK: torch.Tensor
+) -> Callable[[], list[torch.Tensor]]:
+    with part("rows"):
+        sums_UD = route.kernels.sum_rows(out_home, out_foreign, arrived_UK)
+    arriving = _all_to_all(sums_UD, route.recv_splits, route.send_splits, route)
+    return lambda: [arriving()]
+
+
+def _send_gradients(
+    route: Route,
+    grad_home: torch.Tensor,
+    grad_foreign: torch.Tensor,
+    grad_scores_N: torch.Tensor,
+    arrived_UK: torch.Tensor,
+) -> Callable[[], list[torch.Tensor]]:
+    (U, K), hidden = arrived_UK.shape, grad_home.shape[1]
+    fields = (hidden, grad_home.dtype), (K, grad_scores_N.dtype)
+    with part("rows"):
+        sent = _new_parcels(U, fields, grad_home)
+        sums_UD, values_UK = _open(sent, fields)
+        route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
+        route.kernels.gather_values(grad_scores_N, arrived_UK, out_UK=values_UK)
+    arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
+    return lambda: _open(arriving(), fields)
 
 
 def _new_parcels(count: int, fields: Fields, like: torch.Tensor) -> torch.Tensor:
@@ -206,29 +225,6 @@ def _offsets(fields: Fields) -> list[int]:
     """Where each field begins, and where all end, in bytes."""
     sizes = (-(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for numel, dtype in fields)
     return [0, *accumulate(sizes)]
-
-
-def _gradient_fields(
-    grad_ND: torch.Tensor, grad_scores_N: torch.Tensor, arrived_UK: torch.Tensor
-) -> Fields:
-    return (grad_ND.shape[1], grad_ND.dtype), (arrived_UK.shape[1], grad_scores_N.dtype)
-
-
-def _of_rows(values_N: torch.Tensor, index_UK: torch.Tensor) -> torch.Tensor:
-    """``values[index]``, 0 where the index is negative; ``[U, K]``."""
-    if len(values_N) == 0:
-        return values_N.new_zeros(index_UK.shape)
-    return torch.where(index_UK >= 0, values_N[index_UK.clamp(min=0).long()], 0)
-
-
-def _of_parcels(values_UK: torch.Tensor, sent_TK: torch.Tensor) -> torch.Tensor:
-    """For each copy the value on its parcel, 0 for copies that were not sent; ``[T, K]``."""
-    if len(values_UK) == 0:
-        return values_UK.new_zeros(sent_TK.shape)
-    place_TK = torch.where(sent_TK < 0, -sent_TK - 2, sent_TK)
-    choice_K = torch.arange(sent_TK.shape[1], device=sent_TK.device)
-    found = values_UK[place_TK.clamp(min=0).long(), choice_K]
-    return torch.where(place_TK >= 0, found, 0)
 
 
 def _all_to_all(

@@ -5,12 +5,13 @@ the plan says. It keeps the *parameters* for backward, not views of their gather
 ZeRO-3 the gathered weights are then free between forward and backward, and ZeRO's own pre-backward
 hook gathers them again. Foreign weights are likewise fetched again unless the config keeps them.
 
-Order of work, chosen so that transfers hide behind home GEMMs:
+Order of work, chosen so that transfers hide behind GEMMs (own: of this rank's own tokens):
 
-    forward:   start fetch | home experts | wait | foreign experts
-    backward:  start fetch | home experts but for w1, w3 | wait | foreign experts but for w1, w3
-               | start dispatch's backward | foreign gradients of w1, w3 | start return
-               | home gradients of w1, w3 | wait | add
+    forward:   start fetch | home gate and up, own | wait for others' tokens | home gate and up,
+               others | wait | foreign experts | home down, others | start combine | home down, own
+    backward:  start fetch | home down, own | wait for others' gradients | home down, others
+               | home rows and w2 | wait | the same of foreign experts | start dispatch's backward
+               | foreign w1, w3 | start return | home w1, w3 | wait | add
 
 A large fetch has been started before; starting it here again makes sure of it, also where
 checkpointing has run other layers in between.
@@ -28,12 +29,12 @@ import torch
 from deepspeed.moe.ep_experts import GroupedExperts
 
 from ds_llep.activation import Activation
-from ds_llep.dispatch import DispatchBackward
+from ds_llep.crossings import Crossings
 from ds_llep.fetch import Exchange, ForeignWeights
-from ds_llep.kernels.select import KernelSet
+from ds_llep.kernels.tables import Part
 from ds_llep.mlp import GatedMLPs, Scales
-from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
+from ds_llep.route import Route
 from ds_llep.timeline import part
 
 
@@ -77,9 +78,10 @@ class LLEPGroupedExperts(GroupedExperts):
             Weighted results for both, in the same shapes.
         """
         activation = Activation(
-            self.activation, self.activation_alpha, self.activation_limit, job.kernels
+            self.activation, self.activation_alpha, self.activation_limit, job.route.kernels
         )
         if job.weigh_inputs:
+            job.crossings.tokens.finish()
             home_rows, foreign_rows = _weighed(home_rows, foreign_rows, scores_N)
             scores_N = None
         inputs = home_rows, foreign_rows, scores_N, arrived_UK
@@ -103,25 +105,29 @@ class LLEPBiasedExperts(LLEPGroupedExperts):
 class ExpertJob:
     """What the experts need beside rows and weights."""
 
-    plan: Plan
-    rows_per_slot: list[int]
-    """Home experts, then foreign ones."""
+    route: Route
+    crossings: Crossings
     exchange: Exchange
     foreign: ForeignWeights
     keep_foreign: bool
     """Keep foreign weights between forward and backward instead of fetching them again."""
     weigh_inputs: bool
     """Scores multiply the experts' inputs instead of their outputs."""
-    dispatch_backward: DispatchBackward
-    kernels: KernelSet
 
     @property
     def home_counts(self) -> list[int]:
-        return self.rows_per_slot[: self.plan.experts_per_rank]
+        return self.route.rows_per_slot[: self.route.plan.experts_per_rank]
 
     @property
     def foreign_counts(self) -> list[int]:
-        return self.rows_per_slot[self.plan.experts_per_rank :]
+        return self.route.rows_per_slot[self.route.plan.experts_per_rank :]
+
+    def parts(self, home: GatedMLPs, rows_ND: torch.Tensor) -> tuple[Part | None, Part | None]:
+        """Own rows and others, where products take a part of the rows; else None, and None: all."""
+        if len(rows_ND) == 0 or not home.in_parts(rows_ND):
+            return None, None
+        start_M, stop_M = self.route.own_rows()
+        return Part(start_M, stop_M, inside=True), Part(start_M, stop_M, inside=False)
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -132,13 +138,31 @@ class _ExpertMLP(torch.autograd.Function):
             home = mlps(_in_dtype_of(home_rows, *weights), job.home_counts)
             with part("fetch"):
                 job.foreign.start()
+            own, others = job.parts(home, home_rows)
+            hidden_home = None, None
             with part("home experts"):
-                out_home, *hidden_home = home.forward(home_rows, scores_home)
+                if own:
+                    hidden_home = home.gate_up(home_rows, own)
+            with part("dispatch"):
+                job.crossings.tokens.finish()
+            with part("home experts"):
+                hidden_home = home.gate_up(home_rows, others, hidden_home)
+                act_home = home.activate(*hidden_home, scores_home)
             with part("wait for foreign"):
                 bundles = job.foreign.wait()
             foreign = mlps(job.foreign.layout.views(bundles), job.foreign_counts)
             with part("foreign experts"):
-                out_foreign, *hidden_foreign = foreign.forward(foreign_rows, scores_foreign)
+                hidden_foreign = foreign.gate_up(foreign_rows)
+                act_foreign = foreign.activate(*hidden_foreign, scores_foreign)
+                out_foreign = foreign.down(act_foreign, scores_foreign)
+                del act_foreign
+            with part("home experts"):
+                out_home = home.down(act_home, scores_home, others)
+            with part("combine"):
+                job.crossings.results.start(out_home, out_foreign, arrived_UK)
+            with part("home experts"):
+                if own:
+                    home.down(act_home, scores_home, own, out_home)
         # The same number of tensors on every rank: activation checkpointing counts them.
         ctx.save_for_backward(
             *(home_rows, foreign_rows, scores_N, arrived_UK),
@@ -163,39 +187,54 @@ class _ExpertMLP(torch.autograd.Function):
         need_rows, need_each = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[6:]
         wanted = any(need_each[:3]), any(need_each[3:])
         need = need_rows, wanted
+        computed = [index for index in range(len(weights)) if wanted[index >= 3]]
         with _no_autocast(home_rows):
             home = mlps(_in_dtype_of(home_rows, *weights), job.home_counts)
             if bundles is None:
                 with part("fetch backward"):
                     job.foreign.start()
+            own, others = job.parts(home, home_rows)
+            grad_act = None
             with part("home experts backward"):
-                home_step = home.backward(home_grad, hidden_home, scores_home, *need)
+                if own:
+                    grad_act = home.down_backward(home_grad, own)
+            with part("combine backward"):
+                job.crossings.gradients.finish()
+            with part("home experts backward"):
+                grad_act = home.down_backward(home_grad, others, grad_act)
+                home_step = home.backward(home_grad, grad_act, hidden_home, scores_home, *need)
+                del grad_act
             if bundles is None:
                 with part("wait for foreign backward"):
                     bundles = job.foreign.wait()
             foreign = mlps(job.foreign.layout.views(bundles), job.foreign_counts)
+            layout = job.foreign.layout.of(computed)
+            homecoming = GradientReturn(job.exchange, job.route.plan, layout)
             with part("foreign experts backward"):
-                foreign_step = foreign.backward(foreign_grad, hidden_foreign, scores_foreign, *need)
+                grad_act = foreign.down_backward(foreign_grad)
+                foreign_step = foreign.backward(
+                    *(foreign_grad, grad_act, hidden_foreign, scores_foreign, *need),
+                    homecoming.memory,
+                )
+                del grad_act
             grads = home_step.grad_rows, foreign_step.grad_rows, None
             if scores_N is not None:
                 grad_scores = torch.cat((home_step.grad_scores, foreign_step.grad_scores))
                 grads = *grads[:2], grad_scores
                 if need_rows:  # they travel while the gradients of the weights are computed
                     with part("dispatch backward"):
-                        job.dispatch_backward.start(*grads, arrived_UK)
-            if not any(wanted):
+                        job.crossings.token_gradients.start(*grads, arrived_UK)
+            if not computed:
                 return *grads, *[None] * (3 + len(weights))
             with part("foreign experts backward"):
-                foreign_gradients = foreign.weight_gradients(foreign_step, foreign_rows, wanted)
+                foreign.weight_gradients(foreign_step, foreign_rows, wanted)
                 del foreign_step  # its gate and up gradients are used up
-            homecoming = GradientReturn(job.exchange, job.plan)
             with part("gradient return"):
-                homecoming.start(foreign_gradients)
+                homecoming.start()
             with part("home experts backward"):
                 gradients = home.weight_gradients(home_step, home_rows, wanted)
             with part("gradient return"):
                 homecoming.finish(gradients)
-        computed = [index for index in range(len(weights)) if wanted[index >= 3]]
         grad_weights = [None] * len(weights)
         for index, gradient in zip(computed, gradients, strict=True):
             if need_each[index]:

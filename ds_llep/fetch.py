@@ -24,7 +24,7 @@ import torch
 
 from ds_llep.plan import Plan
 from ds_llep.ranks import RankTable
-from ds_llep.shards import Version, cut, on_device, part_numel, part_of, whole_shape
+from ds_llep.shards import Version, cut_bundle, on_device, part_numel, part_of, whole_shape
 from ds_llep.timeline import part
 from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
 
@@ -209,30 +209,30 @@ class ForeignWeights:
         Args:
             missing: by helper's global rank, the (expert, place) pairs to be sent there.
         """
-        table, sharded = self._exchange.table, self._exchange.sharded
-        numels = self.layout.numels
-        targets = self._workspace().split(numels, dim=1) if missing.get(table.rank) else ()
+        table, sharded, group = self._exchange.table, self._exchange.sharded, self._exchange.group
+        rank = table.rank
+        bundles = self._workspace() if missing.get(rank) else None
+        held = [part_of(weight, sharded) for weight in self._weights]
+        part_numels = tuple(part_numel(weight, sharded) for weight in self._weights)
         operations = []
         for helper, experts in missing.items():
             for expert, place in experts:
                 home, local = divmod(expert, self._experts_per_rank)
-                if table.rank != helper and table.ep_rank != home:
+                if rank != helper and table.ep_rank != home:
                     continue  # an expert's holders all have its home's rank, in their EP groups
-                for matrix, weight in enumerate(self._weights):
-                    for piece in cut(local, numels[matrix], part_numel(weight, sharded)):
+                pieces = cut_bundle(local, self.layout.numels, part_numels)
+                if rank == helper:
+                    targets = bundles[place].split_with_sizes([piece.numel for _, piece in pieces])
+                    for target, (_, piece) in zip(targets, pieces, strict=True):
                         holder = table.groups[piece.part][home]
-                        if table.rank == helper:
-                            target = targets[matrix][place].narrow(0, piece.place, piece.numel)
-                            operations.append(self._operation(dist.irecv, target, holder))
-                        elif table.rank == holder:
-                            part = part_of(weight, sharded)
-                            source = part.narrow(0, piece.held_at, piece.numel)
-                            source = on_device(source, self._like)
-                            operations.append(self._operation(dist.isend, source, helper))
+                        operations.append(dist.P2POp(dist.irecv, target, holder, group))
+                    continue
+                for matrix, piece in pieces:
+                    if table.groups[piece.part][home] == rank:
+                        source = held[matrix][piece.held_at : piece.held_at + piece.numel]
+                        source = on_device(source, self._like)
+                        operations.append(dist.P2POp(dist.isend, source, helper, group))
         return operations
-
-    def _operation(self, direction: Callable, tensor: torch.Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(direction, tensor, peer, self._exchange.group)
 
 
 def start_in_backward(y_TD: torch.Tensor, foreign: ForeignWeights) -> torch.Tensor:

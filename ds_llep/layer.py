@@ -17,15 +17,15 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from ds_llep.config import LLEPConfig
 from ds_llep.costs import Costs
 from ds_llep.counts import Counting
-from ds_llep.dispatch import DispatchBackward, combine, dispatch
+from ds_llep.dispatch import combine, crossings, dispatch
 from ds_llep.experts import ExpertJob
 from ds_llep.fetch import Exchange, ForeignWeights, start_in_backward
 from ds_llep.kernels.select import KernelSet, select_kernels
-from ds_llep.kernels.tables import to_device
+from ds_llep.kernels.tables import all_to_device
 from ds_llep.monitor import Statistics
 from ds_llep.plan import Plan, make_plan, plan_from_tokens
 from ds_llep.rates import H200, Rates
-from ds_llep.route import Addresses, Route, RouteMaps, find_runs, make_route, sort_copies
+from ds_llep.route import Addresses, Route, RouteMaps, find_runs, make_route
 from ds_llep.shards import whole_shape
 from ds_llep.timeline import part
 
@@ -121,20 +121,18 @@ class LLEPMoELayer(AutoEPMoELayer):
         if foreign.starts_early:
             with part("fetch"):
                 foreign.start()
-        backward = DispatchBackward(route)
-        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
+        ends = crossings(route)
+        dispatched = dispatch(x_TD, scores_TK, route, maps, ends)
         job = ExpertJob(
-            plan=plan,
-            rows_per_slot=route.rows_per_slot,
+            route=route,
+            crossings=ends,
             exchange=exchange,
             foreign=foreign,
             keep_foreign=keep_foreign,
             weigh_inputs=self.score_apply == "pre",
-            dispatch_backward=backward,
-            kernels=context.kernels,
         )
         out_home, out_foreign = self.experts(*dispatched, job=job)
-        y_TD = combine(out_home, out_foreign, dispatched.arrived_UK, route, maps)
+        y_TD = combine(out_home, out_foreign, dispatched.arrived_UK, route, maps, ends)
         if not keep_foreign:
             y_TD = start_in_backward(y_TD, foreign)
         return self._finalize_output(
@@ -171,10 +169,9 @@ class LLEPMoELayer(AutoEPMoELayer):
             planned = self._plan_on_device(counting)
             counting.send_to_host(*planned)
             if failure is None:
-                position_TK = sort_copies(selected_TK)
                 if planned:
                     runs = context.kernels.find_runs(counting.tokens_RE, planned[0], self.ep_rank)
-                    addresses = self._address(selected_TK, position_TK, runs)
+                    addresses = self._address(selected_TK, counting, runs)
                 self.tokens_per_expert.add_(counts_E)  # AutoEP's own utilisation counter
         try:
             with part("wait for counts"):
@@ -189,17 +186,21 @@ class LLEPMoELayer(AutoEPMoELayer):
             else:
                 plans = context.make_plans(exchange.by_group(counts.tokens_RE))
         with part("route"):
-            if not planned:
-                runs = to_device(find_runs(plans[own], self.ep_rank), x_TD.device)
-                addresses = self._address(selected_TK, position_TK, runs)
             reached_PP, alone_PE = (
                 exchange.by_group(values_RX)[own]
                 for values_RX in (counts.reached_RP, counts.alone_RE)
             )
-            route, maps = make_route(
-                *(addresses, reached_PP, alone_PE, plans[own]),
-                *(self.ep_rank, self.ep_group, context.kernels),
+            route = make_route(
+                *(reached_PP, alone_PE, plans[own], self.ep_rank),
+                *(self.ep_group, context.kernels, self.top_k),
             )
+            tables = [route.first_P]
+            if not planned:
+                tables.append(find_runs(plans[own], self.ep_rank))
+            first_P, *runs = all_to_device(tables, x_TD.device)
+            if not planned:
+                addresses = self._address(selected_TK, counting, *runs)
+            maps = addresses.place(first_P, context.kernels)
         return scores_TK, plans, route, maps
 
     def _plan_on_device(self, counting: Counting) -> tuple[torch.Tensor, ...]:
@@ -218,6 +219,6 @@ class LLEPMoELayer(AutoEPMoELayer):
             config.max_foreign_experts,
         )
 
-    def _address(self, selected_TK, position_TK, runs_2EP) -> Addresses:
+    def _address(self, selected_TK, counting: Counting, runs_2EP) -> Addresses:
         address = self.llep.kernels.address_copies
-        return Addresses(*address(selected_TK, position_TK, runs_2EP, self.ep_rank))
+        return Addresses(*address(selected_TK, counting.blocks, runs_2EP, self.ep_rank))

@@ -9,8 +9,9 @@ Shapes: ``G`` experts, ``N`` rows, ``I`` input size, ``O`` output size, ``r`` ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -57,7 +58,11 @@ class Factors:
         grad_NI += self.kernels.product(grad_Nr, self.a_GrI, self.counts, transpose=False)
 
     def gradients(
-        self, rows_NI: torch.Tensor, grads: Sequence[torch.Tensor], grad_Nr: torch.Tensor
+        self,
+        rows_NI: torch.Tensor,
+        grads: Sequence[torch.Tensor],
+        grad_Nr: torch.Tensor,
+        memory: Iterable[torch.Tensor | None],
     ) -> list[torch.Tensor]:
         """Gradients of ``a`` and of each ``b``.
 
@@ -65,8 +70,12 @@ class Factors:
             rows_NI: the input.
             grads: of each output, ``[N, O]``.
             grad_Nr: as :meth:`project_back` gave it.
+            memory: where they go, one for each; None: new memory.
         """
-        gradient = self.kernels.gradient_of_weights
         inner_Nr = self.project(rows_NI)
-        of_b = [gradient(grad_NO, inner_Nr, self.counts) for grad_NO in grads]
-        return [gradient(grad_Nr, rows_NI, self.counts), *of_b]
+        pairs = [(grad_Nr, rows_NI), *((grad_NO, inner_Nr) for grad_NO in grads)]
+        gradient = self.kernels.gradient_of_weights
+        return [
+            gradient(*pair, self.counts, out)
+            for pair, out in zip(pairs, islice(memory, len(pairs)), strict=True)
+        ]

@@ -9,8 +9,9 @@ Shapes: ``G`` experts, ``N`` rows, ``D`` hidden size, ``F`` expert FFN size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from ds_llep.activation import Activation
 from ds_llep.biased import empty_joint, split
-from ds_llep.kernels.tables import HiddenBias, to_device
+from ds_llep.kernels.tables import HiddenBias, Part, to_device
 from ds_llep.low_rank import Factors
 
 
@@ -39,8 +40,12 @@ class HiddenBackward:
     grad_rows: torch.Tensor | None
     grad_scores: torch.Tensor | None
     grad_inner: torch.Tensor | None
-    """Between the factors of gate and up, where there are some."""
-    grad_down_factors: list[torch.Tensor] = field(default_factory=list)
+    """Between the factors of gate and up."""
+    grad_down_factors: list[torch.Tensor]
+    memory: Sequence[torch.Tensor | None]
+    """Where the gradients of w1, w2 and w3 go; None: new memory."""
+    factor_memory: Sequence[torch.Tensor | None]
+    """Likewise of the factors of gate and up."""
 
 
 @dataclass(frozen=True)
@@ -93,49 +98,80 @@ class GatedMLPs:
         biases = HiddenBias(gate, up, stop_G), out
         return cls(w1, w2, w3, counts, activation, *biases, **factors)
 
-    def forward(
-        self, rows_ND: torch.Tensor, scores_N: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output, and what backward needs: gate and up, without their biases."""
+    def in_parts(self, rows_ND: torch.Tensor) -> bool:
+        """Whether the steps below take a part of the rows."""
+        if self.out_bias_GD is not None or self.gate_up_factors or self.down_factors:
+            return False  # these are added to all rows at once
+        return self.activation.kernels.in_parts(rows_ND, self.w1, self.w2, self.w3)
+
+    def gate_up(
+        self,
+        rows_ND: torch.Tensor,
+        part: Part | None = None,
+        out: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What backward needs: gate and up, without their biases."""
         kernels = self.activation.kernels
-        gate_NF, up_NF = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts)
+        hidden = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts, part, out)
         if self.gate_up_factors is not None:
-            self.gate_up_factors.add_to((gate_NF, up_NF), rows_ND)
-        act_NF = self.activation.forward(gate_NF, up_NF, scores_N, self.hidden_bias)
-        out_ND = kernels.product(act_NF, self.w2, self.counts)
+            self.gate_up_factors.add_to(hidden, rows_ND)
+        return hidden
+
+    def activate(
+        self, gate_NF: torch.Tensor, up_NF: torch.Tensor, scores_N: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What goes into the down projection."""
+        return self.activation.forward(gate_NF, up_NF, scores_N, self.hidden_bias)
+
+    def down(
+        self,
+        act_NF: torch.Tensor,
+        scores_N: torch.Tensor | None,
+        part: Part | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The output."""
+        kernels = self.activation.kernels
+        out_ND = kernels.product(act_NF, self.w2, self.counts, part=part, out=out)
         if self.down_factors is not None:
             self.down_factors.add_to((out_ND,), act_NF)
         if self.out_bias_GD is not None:
             kernels.add_bias(out_ND, self.out_bias_GD, self.hidden_bias.stop_G, scores_N)
-        return out_ND, gate_NF, up_NF
+        return out_ND
+
+    def down_backward(
+        self, grad_ND: torch.Tensor, part: Part | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The gradient of what :meth:`activate` returned."""
+        kernels = self.activation.kernels
+        arguments = {"transpose": False, "part": part, "out": out}
+        grad_NF = kernels.product(grad_ND, self.w2, self.counts, **arguments)
+        if self.down_factors is not None:
+            self.down_factors.add_row_gradient(grad_NF, self.down_factors.project_back((grad_ND,)))
+        return grad_NF
 
     def backward(
         self,
         grad_ND: torch.Tensor,
+        grad_act: torch.Tensor,
         hidden: list[torch.Tensor],
         scores_N: torch.Tensor | None,
         need_rows: bool,
         need_weights: Sequence[bool],
+        make_memory: Callable[[torch.Tensor], Sequence[torch.Tensor]] | None = None,
     ) -> HiddenBackward:
-        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up).
+        """From the output's gradient and :meth:`down_backward` of it to the hidden layer's.
 
-        Args:
-            grad_ND: of the output.
-            hidden: what :meth:`forward` gave for it.
-            scores_N: as in forward.
-            need_rows: whether the rows' gradient is asked for.
-            need_weights: whether the matrices' are, and whether the factors' are.
+        Empties ``hidden`` (gate and up), and uses up ``grad_act``.
+        ``need_weights`` says whether the gradients of the matrices are asked for, and whether those
+        of the factors are. ``make_memory`` gives them their memory, like its argument, in the
+        order of :meth:`of`. It is called late, when the first of them is made.
         """
         kernels, counts = self.activation.kernels, self.counts
         gate_up, down = self.gate_up_factors, self.down_factors
         need_matrices, need_factors = need_weights
         gate_NF, up_NF = hidden
         hidden.clear()
-        grad_ND = grad_ND.contiguous()
-        grad_act = kernels.product(grad_ND, self.w2, counts, transpose=False)
-        if down is not None:
-            grad_Nr = down.project_back((grad_ND,))
-            down.add_row_gradient(grad_act, grad_Nr)
         grad_gate, grad_up, act_NF, grad_scores = self.activation.backward(
             grad_act, gate_NF, up_NF, scores_N, self.hidden_bias
         )
@@ -143,11 +179,19 @@ class GatedMLPs:
         if self.out_bias_GD is not None and scores_N is not None:
             stop_G = self.hidden_bias.stop_G
             grad_scores += kernels.gradient_of_bias_weight(grad_ND, self.out_bias_GD, stop_G)
-        step = HiddenBackward(grad_gate, grad_up, None, None, grad_scores, None)
+        memory = repeat(None)
+        if make_memory is not None and any(need_weights):
+            memory = iter(make_memory(grad_ND))
+        step = HiddenBackward(
+            *(grad_gate, grad_up, None, None, grad_scores, None, []),
+            memory=[*islice(memory, 3 * need_matrices)],
+            factor_memory=[*islice(memory, 3 * (need_factors and gate_up is not None))],
+        )
         if need_matrices:
-            step.grad_w2 = self._gradient(grad_ND, act_NF, scores_N)
+            step.grad_w2 = self._gradient(grad_ND, act_NF, scores_N, out=step.memory[1])
         if need_factors and down is not None:
-            step.grad_down_factors = down.gradients(act_NF, (grad_ND,), grad_Nr)
+            inner = down.project_back((grad_ND,))
+            step.grad_down_factors = down.gradients(act_NF, (grad_ND,), inner, islice(memory, 2))
         del act_NF
         if gate_up is not None:
             step.grad_inner = gate_up.project_back((grad_gate, grad_up))
@@ -168,28 +212,36 @@ class GatedMLPs:
         factors = []
         if need_factors and self.gate_up_factors is not None:
             grads = step.grad_gate, step.grad_up
-            factors = self.gate_up_factors.gradients(rows_ND, grads, step.grad_inner)
-        if need_factors:
-            factors += step.grad_down_factors
+            factors = self.gate_up_factors.gradients(
+                rows_ND, grads, step.grad_inner, step.factor_memory
+            )
+        factors += step.grad_down_factors
         if not need_matrices:
             return factors
-        grad_w1 = self._gradient(step.grad_gate, rows_ND)
+        # Beside it the gradients of the rows travel.
+        grad_w1 = self._gradient(step.grad_gate, rows_ND, out=step.memory[0], beside=True)
         step.grad_gate = None
-        return [grad_w1, step.grad_w2, self._gradient(step.grad_up, rows_ND), *factors]
+        grad_w3 = self._gradient(step.grad_up, rows_ND, out=step.memory[2])
+        return [grad_w1, step.grad_w2, grad_w3, *factors]
 
     def _gradient(
         self,
         grad_NF: torch.Tensor,
         rows_ND: torch.Tensor,
         weight_N: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        beside: bool = False,
     ) -> torch.Tensor:
-        """The gradient of one of the three, that of its biases with it."""
+        """The gradient of one of the three, that of its biases with it, in ``out`` if given."""
         kernels, counts = self.activation.kernels, self.counts
         if self.hidden_bias is None:
-            return kernels.gradient_of_weights(grad_NF, rows_ND, counts)
+            return kernels.gradient_of_weights(grad_NF, rows_ND, counts, out, beside)
         num_rows, num_columns = grad_NF.shape[1], rows_ND.shape[1]
-        joined = empty_joint(len(counts), num_rows, num_columns, like=rows_ND)
-        matrix, bias = split(joined, num_rows)
-        kernels.gradient_of_weights(grad_NF, rows_ND, counts, out=matrix)
+        if out is None:
+            out = empty_joint(len(counts), num_rows, num_columns, like=rows_ND)
+        else:
+            out[:, num_rows:].zero_()  # some of it is neither matrix nor bias
+        matrix, bias = split(out, num_rows)
+        kernels.gradient_of_weights(grad_NF, rows_ND, counts, matrix, beside)
         bias.copy_(kernels.gradient_of_bias(grad_NF, counts, weight_N))
-        return joined
+        return out

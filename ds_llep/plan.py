@@ -11,12 +11,11 @@ of e's tokens away from home.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from ds_llep.costs import DEFAULT, Costs
-from ds_llep.cut import cut
+from ds_llep.cut import Cut, Segments, cut, home_places, nothing_spills
 from ds_llep.planners import PLANNERS, plan_cost, plan_lla
 
 
@@ -28,14 +27,6 @@ class Spill:
     home: int
     helper: int
     tokens: int
-
-
-class Segments(NamedTuple):
-    """What each rank computes of each spilled expert, ordered by expert, then rank; int64 [J]."""
-
-    expert_J: np.ndarray
-    rank_J: np.ndarray
-    tokens_J: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,38 +57,35 @@ class Plan:
     @cached_property
     def spills(self) -> tuple[Spill, ...]:
         """One entry per (expert, helper) that computes tokens, ordered by expert, then helper."""
-        expert_J, rank_J, tokens_J = self.segments
-        home_J = expert_J // self.experts_per_rank
-        away_J = rank_J != home_J
-        columns = expert_J, home_J, rank_J, tokens_J
-        return tuple(map(Spill, *(column[away_J].tolist() for column in columns)))
+        columns = (column.tolist() for column in self.segments)
+        M = self.experts_per_rank
+        return tuple(
+            Spill(expert, expert // M, rank, tokens)
+            for expert, rank, tokens in zip(*columns, strict=True)
+            if rank != expert // M
+        )
 
     @cached_property
+    def cut(self) -> Cut:
+        """Which tokens of the spilled experts each rank computes."""
+        if self.bypassed:
+            return nothing_spills(self.num_ranks)
+        return cut(self.counts_PE, self.tokens_EP, self.nodes_P)
+
+    @property
     def spilled_experts(self) -> np.ndarray:
         """Ids of the experts that are not computed at home alone, ascending; int64."""
-        if self.bypassed:
-            return np.empty(0, dtype=np.int64)
-        home_E = np.arange(self.num_experts) // self.experts_per_rank
-        at_home_E = self.tokens_EP[np.arange(self.num_experts), home_E]
-        return np.flatnonzero(self.tokens_EP.sum(1) != at_home_E)
+        return self.cut.spilled
 
-    @cached_property
+    @property
     def segments(self) -> Segments:
         """One segment per (spilled expert, rank) that computes tokens, home ranks included."""
-        spilled = self.spilled_experts
-        index_J, rank_J = np.nonzero(self.tokens_EP[spilled])
-        expert_J = spilled[index_J]
-        return Segments(expert_J, rank_J, self.tokens_EP[expert_J, rank_J])
+        return self.cut.segments
 
-    @cached_property
+    @property
     def sent_JP(self) -> np.ndarray:
         """int64 [J, P]: how many tokens of each of the `segments` are source rank p's."""
-        spilled, (expert_J, rank_J, tokens_J) = self.spilled_experts, self.segments
-        if not len(spilled):  # balanced routing is common, and every layer waits for this
-            return np.empty((0, self.num_ranks), dtype=np.int64)
-        index_J = np.searchsorted(spilled, expert_J)
-        counts_XP = self.counts_PE.T[spilled]
-        return _read_only(cut(counts_XP, index_J, rank_J, tokens_J, self.nodes_P))
+        return self.cut.sent_JP
 
     @cached_property
     def rank_load_P(self) -> np.ndarray:
@@ -116,10 +104,10 @@ class Plan:
     def experts_per_rank(self) -> int:
         return self.num_experts // self.num_ranks
 
-    @property
+    @cached_property
     def home_load_P(self) -> np.ndarray:
         """int64 [P]: tokens per rank under standard EP, every expert at home."""
-        return self.counts_PE.sum(0).reshape(self.num_ranks, -1).sum(1)
+        return _read_only(self.counts_PE.sum(0).reshape(self.num_ranks, -1).sum(1))
 
     @property
     def load_ratio_before(self) -> float:
@@ -142,8 +130,7 @@ class Plan:
 
     def foreign_experts(self, rank: int) -> tuple[int, ...]:
         """Ids of the experts that `rank` computes as a helper, ascending."""
-        foreign = np.flatnonzero(self.tokens_EP[:, rank])
-        return tuple(foreign[foreign // self.experts_per_rank != rank].tolist())
+        return tuple(spill.expert for spill in self.borrowed_experts(rank))
 
     def slots(self, rank: int) -> tuple[int, ...]:
         """Expert ids that `rank` computes, in order: home (even without tokens), then foreign."""
@@ -210,25 +197,20 @@ def make_plan(counts_PE, config, costs: Costs | None = None, nodes_P=None) -> Pl
     counts_PE = _checked_counts(counts_PE)
     P, E = counts_PE.shape
     nodes_P = np.zeros(P, dtype=np.int64) if nodes_P is None else _checked_nodes(nodes_P, P)
+    if config.planner == "cost":
+        tokens_EP, spills = plan_cost(counts_PE, config, costs or DEFAULT, nodes_P)
+        return Plan(counts_PE, tokens_EP, not spills, nodes_P=nodes_P)
+
     load_E = counts_PE.sum(0)
     home_load = load_E.reshape(P, -1).sum(1).tolist()
-
     tokens_EP, capped_tokens = _all_at_home(load_E, P), 0
     bypassed = _bypasses(home_load, config)
-    if config.planner == "cost":
-        if not bypassed:
-            at_home_EP = tokens_EP
-            prices = costs or DEFAULT
-            tokens_EP = plan_cost(counts_PE, load_E, home_load, config, prices, nodes_P)
-            bypassed = np.array_equal(tokens_EP, at_home_EP)
-    else:
-        nodes_P = None
-        if not bypassed:
-            moved, capped_tokens = plan_lla(load_E, home_load, config)
-            for (expert, helper), tokens in moved.items():
-                tokens_EP[expert, expert * P // E] -= tokens
-                tokens_EP[expert, helper] = tokens
-    return Plan(counts_PE, tokens_EP, bypassed, capped_tokens, nodes_P)
+    if not bypassed:
+        moved, capped_tokens = plan_lla(load_E, home_load, config)
+        for (expert, helper), tokens in moved.items():
+            tokens_EP[expert, expert * P // E] -= tokens
+            tokens_EP[expert, helper] = tokens
+    return Plan(counts_PE, tokens_EP, bypassed, capped_tokens)
 
 
 def plan_from_tokens(counts_PE, tokens_EP, capped_tokens: int, config) -> Plan:
@@ -288,7 +270,5 @@ def _load_ratio(load_P: list[int]) -> float:
 def _all_at_home(load_E: np.ndarray, num_ranks: int) -> np.ndarray:
     """int64 [E, P] with the load of each expert in its home's column."""
     tokens_EP = np.zeros((len(load_E), num_ranks), dtype=np.int64)
-    # The view of every expert's entry for its home: rank p's M experts, each in column p.
-    home_PM = np.einsum("pmp->pm", tokens_EP.reshape(num_ranks, -1, num_ranks))
-    home_PM[:] = load_E.reshape(num_ranks, -1)
+    tokens_EP.reshape(-1)[home_places(len(load_E), num_ranks)] = load_E
     return tokens_EP

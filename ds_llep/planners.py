@@ -93,13 +93,8 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
 
 
 def plan_cost(
-    counts_PE: np.ndarray,
-    load_E: np.ndarray,
-    home_load_P: list[int],
-    config,
-    costs: Costs,
-    nodes_P: np.ndarray,
-) -> np.ndarray:
+    counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray
+) -> tuple[np.ndarray, bool]:
     """The plan whose slowest rank is the fastest, as far as a local search finds it.
 
     Its cost by `rank_costs` is not above that of standard expert parallelism, nor above that of
@@ -109,37 +104,23 @@ def plan_cost(
 
     Args:
         counts_PE: int64 [P, E], each rank's own tokens per expert.
-        load_E, home_load_P: their sums by expert, and by home rank.
-        config: its three limits.
+        config: its threshold and its three limits.
         costs: prices.
         nodes_P: int64 [P], the node of each rank.
 
     Returns:
-        int64 [E, P], tokens of each expert that each rank computes.
+        int64 [E, P], tokens of each expert that each rank computes, and whether any spill.
     """
-    max_rows = None
-    if config.capacity_factor is not None:
-        max_rows = int(config.capacity_factor * (sum(home_load_P) // len(home_load_P)))
-    min_tokens = max(config.min_tokens_per_gemm, 1)
-    lla, _ = plan_lla(load_E, home_load_P, config)
-    start = [(*where, tokens) for where, tokens in lla.items() if tokens >= min_tokens]
-    if max_rows is not None:
-        rows_P = home_load_P.copy()
-        for expert, helper, tokens in start:
-            rows_P[expert * len(rows_P) // len(load_E)] -= tokens
-            rows_P[helper] += tokens
-        if any(rows_P[helper] > max_rows for _, helper, _ in start):
-            start = []
-    tokens_EP, _ = planner_cost.plan_cost(
+    tokens_EP, spills, _ = planner_cost.plan_cost(
         counts_PE,
         nodes_P,
         costs.prices,
-        min_tokens,
+        config.min_tokens_per_gemm,
         config.max_foreign_experts,
-        max_rows,
-        start,
+        config.capacity_factor,
+        config.imbalance_threshold,
     )
-    return tokens_EP
+    return tokens_EP, spills > 0
 
 
 PLANNERS = ("lla", "cost")

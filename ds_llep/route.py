@@ -41,6 +41,10 @@ class RouteMaps(NamedTuple):
 class Route:
     """Where everything of one layer and micro-batch goes."""
 
+    plan: Plan
+    """The EP group's."""
+    rank: int
+    """This rank in the EP group."""
     send_splits: list[int]
     """Parcels to each rank of the EP group; none to itself."""
     recv_splits: list[int]
@@ -53,17 +57,20 @@ class Route:
     group: dist.ProcessGroup | None
     kernels: KernelSet
 
+    def own_rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where, among the rows of each home expert, this rank's own tokens start and end."""
+        M = self.plan.experts_per_rank
+        home = slice(self.rank * M, (self.rank + 1) * M)
+        rows_M = np.array(self.rows_per_slot[:M])
+        earlier_M = self.plan.earlier_EP(self.rank)[home, self.rank]
+        own_M = self.plan.send_EP(self.rank)[home, self.rank]
+        start_M = rows_M.cumsum() - rows_M + earlier_M
+        return tuple(start_M.tolist()), tuple((start_M + own_M).tolist())
 
-def sort_copies(selected_TK: torch.Tensor) -> torch.Tensor:
-    """Each copy's place when a rank's copies are sorted by expert, in token order within one.
-
-    Returns:
-        int32 ``[T, K]``.
-    """
-    # Expert ids are small numbers, which sort in fewer passes.
-    order = torch.sort(selected_TK.reshape(-1).to(torch.int16), stable=True).indices
-    places = torch.arange(len(order), dtype=torch.int32, device=order.device)
-    return torch.empty_like(places).scatter_(0, order, places).view(selected_TK.shape)
+    @property
+    def first_P(self) -> np.ndarray:
+        """int32 ``[P]``: the place of the first parcel for each rank in the send buffer."""
+        return (np.cumsum(self.send_splits) - self.send_splits).astype(np.int32)
 
 
 def find_runs(plan: Plan, rank: int) -> np.ndarray:
@@ -101,33 +108,43 @@ class Addresses(NamedTuple):
     target_TK: torch.Tensor
     parcels: torch.Tensor
 
+    def place(self, first_P: torch.Tensor, kernels: KernelSet) -> RouteMaps:
+        """Give each parcel its place; uses up the addresses.
+
+        Args:
+            first_P: :attr:`Route.first_P` on the device.
+            kernels: launchers.
+        """
+        own_TK, sent_TK, target_TK, parcels = self
+        kernels.place_parcels(sent_TK, parcels, first_P)
+        return RouteMaps(own_TK, sent_TK, target_TK)
+
 
 def make_route(
-    addresses: Addresses,
     reached_PP: np.ndarray,
     alone_PE: np.ndarray,
     plan: Plan,
     rank: int,
     group: dist.ProcessGroup | None,
     kernels: KernelSet,
-) -> tuple[Route, RouteMaps]:
-    """Turn the plan into this rank's splits and maps.
+    top_k: int,
+) -> Route:
+    """Turn the plan into this rank's splits.
 
     Args:
-        addresses: of this rank's copies under the plan; used up.
         reached_PP: how many of a rank's tokens (first index) have an expert at home on a rank.
         alone_PE: a rank's tokens of each expert that have no other choice at the expert's home.
         plan: the EP group's plan.
         rank: this rank in the EP group.
         group: the EP group.
-        kernels: launchers that make the maps and move the rows.
+        kernels: launchers that move the rows.
+        top_k: K.
     """
-    own_TK, sent_TK, target_TK, parcels = addresses
-    send_splits, recv_splits = _splits(plan, reached_PP, alone_PE, rank, own_TK.shape[1])
-    first_P = torch.from_numpy((np.cumsum(send_splits) - send_splits).astype(np.int32))
-    kernels.place_parcels(sent_TK, parcels, first_P.to(own_TK.device, non_blocking=True))
+    send_splits, recv_splits = _splits(plan, reached_PP, alone_PE, rank, top_k)
     rows_per_slot = plan.tokens_EP[list(plan.slots(rank)), rank].tolist()
-    route = Route(
+    return Route(
+        plan=plan,
+        rank=rank,
         send_splits=send_splits.tolist(),
         recv_splits=recv_splits.tolist(),
         rows_per_slot=rows_per_slot,
@@ -136,7 +153,6 @@ def make_route(
         group=group,
         kernels=kernels,
     )
-    return route, RouteMaps(own_TK, sent_TK, target_TK)
 
 
 def _splits(

@@ -10,6 +10,7 @@ ZeRO-3 keeps gathered (persistent ones), for frozen ones, and in host memory (``
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,19 @@ def cut(expert: int, matrix_numel: int, part_numel: int) -> Iterator[Piece]:
         at += numel
 
 
+@cache
+def cut_bundle(
+    expert: int, numels: tuple[int, ...], part_numels: tuple[int, ...]
+) -> tuple[tuple[int, Piece], ...]:
+    """The pieces of all matrices of one expert, each with its matrix' index, in order.
+
+    Args:
+        expert: as for :func:`cut`, like the elements of each matrix and of its parameter's parts.
+    """
+    sizes = enumerate(zip(numels, part_numels, strict=True))
+    return tuple((index, piece) for index, size in sizes for piece in cut(expert, *size))
+
+
 def is_sharded(param: torch.Tensor) -> bool:
     """Whether ZeRO-3 has partitioned this parameter."""
     return getattr(param, "ds_tensor", None) is not None
@@ -80,6 +94,8 @@ def on_device(piece: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     Nothing is copied where it is so already. From host memory it goes through pinned memory, so
     that the copy is asynchronous; PyTorch's pinned allocator keeps the buffer until it is done.
     """
+    if piece.device == like.device and piece.dtype == like.dtype:
+        return piece
     if piece.device != like.device and not piece.is_pinned():
         piece = get_accelerator().pin_memory(piece)
     return piece.to(like.device, non_blocking=True).to(like.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,19 +21,23 @@ class BundleLayout:
 
     shapes: tuple[torch.Size, ...]
 
-    @property
-    def numels(self) -> list[int]:
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
         """Elements of each matrix."""
-        return [math.prod(shape) for shape in self.shapes]
+        return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return sum(self.numels)
 
+    def of(self, matrices: Sequence[int]) -> BundleLayout:
+        """The layout of bundles with these matrices only."""
+        return BundleLayout(tuple(self.shapes[matrix] for matrix in matrices))
+
     def views(self, bundles: torch.Tensor) -> list[torch.Tensor]:
         """``[n, numel]`` as one ``[n, ., .]`` view for each matrix."""
-        parts = bundles.split(self.numels, dim=1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts, count = bundles.split_with_sizes(self.numels, dim=1), len(bundles)
+        return [part.view(count, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 class Workspace:

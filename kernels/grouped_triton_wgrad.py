@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_triton_rows import _tile_at
-from .tables import to_device
+from .grouped_triton_rows import _tile_at, _walk
+from .tables import all_to_device, remember
 
 # What a part costs beside its rows, in steps: writing 128 KB of fp32 and reading it back.
 _PART_OVERHEAD = 8
@@ -46,7 +46,7 @@ def _store_quarters(target, value, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     target.store([slot, 0, half + quarter], second.reshape([1, BLOCK_M, quarter]))
 
 
-@triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles"])
+@triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles", "chunk"])
 def _wgrad_kernel(
     grad,
     rows,
@@ -56,6 +56,7 @@ def _wgrad_kernel(
     num_items,
     num_row_tiles,
     num_column_tiles,
+    chunk,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,7 +65,8 @@ def _wgrad_kernel(
 ):
     wrap: tl.constexpr = 1073741824
     half: tl.constexpr = BLOCK_N // 2
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), flatten=True):
+    first_item, end, stride = _walk(num_items, chunk)
+    for item in tl.range(first_item, end, stride, flatten=True):
         segment_ptr = segments_ptr + 8 * tl.load(items_ptr + item)
         group = tl.load(segment_ptr)
         first_row = tl.load(segment_ptr + 1)
@@ -154,13 +156,32 @@ class Work(NamedTuple):
     segments: list[Segment]
     num_items: int
 
-    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The segment of each item, and the segments; int32."""
-        sizes = [segment.num_tiles * segment.parts for segment in self.segments]
+
+class WorkTables(NamedTuple):
+    """`Work` as kernels read it, int32 on the device."""
+
+    num_items: int
+    segment_of_item: torch.Tensor
+    segments: torch.Tensor
+    first_items: torch.Tensor
+    """The first item of each tile."""
+
+
+@remember
+def scheduled(
+    counts: Sequence[int], tiles: int, block_k: int, programs: int, device: torch.device
+) -> list[WorkTables]:
+    """What `schedule` finds, on the device."""
+    found = []
+    for work in schedule(counts, tiles, block_k, programs):
+        segments = np.array(work.segments, dtype=np.int32).reshape(-1, len(Segment._fields))
+        *_, tiles_of, parts_of, _ = segments.T
         # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
-        segment_of_item = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        segments = np.array(self.segments, dtype=np.int32)
-        return to_device(segment_of_item, device), to_device(segments, device)
+        segment_of_item = np.repeat(np.arange(len(segments), dtype=np.int32), tiles_of * parts_of)
+        parts = np.repeat(parts_of, tiles_of)
+        tables = segment_of_item, segments, parts.cumsum(dtype=np.int32) - parts
+        found.append(WorkTables(work.num_items, *all_to_device(tables, device)))
+    return found
 
 
 def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> tuple[Work, Work]:
@@ -218,8 +239,7 @@ def _best_parts(tiles: int, steps: int, programs: int) -> int:
 def add_parts(
     parts: torch.Tensor,
     out_GFD: torch.Tensor,
-    cut: Work,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    cut: WorkTables,
     grid: tuple[int, int],
     band: int,
 ) -> None:
@@ -228,24 +248,14 @@ def add_parts(
     Args:
         parts: fp32 [items, block_m, block_n].
         out_GFD: the result.
-        cut: the work in parts, and `tables` of it.
+        cut: the work in parts.
         grid: tiles along F and along D.
         band: of the tiling.
     """
     _, block_m, block_n = parts.shape
-    first_items = [
-        item
-        for segment in cut.segments
-        for item in range(
-            segment.first_item,
-            segment.first_item + segment.num_tiles * segment.parts,
-            segment.parts,
-        )
-    ]
-    _add_parts_kernel[(len(first_items), block_m // _HEIGHT)](
+    _add_parts_kernel[(len(cut.first_items), block_m // _HEIGHT)](
         *(parts, TensorDescriptor.from_tensor(out_GFD, [1, _HEIGHT, block_n])),
-        to_device(np.array(first_items, dtype=np.int32), parts.device),
-        *(*tables, *grid),
+        *(cut.first_items, cut.segment_of_item, cut.segments, *grid),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BAND=band,

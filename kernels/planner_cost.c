@@ -8,11 +8,14 @@
  * What is found depends on the first target, so several are tried, each nearer to the best time
  * found so far.
  *
- * Integers only, no recursion, memory of a few [E, P] arrays: every rank finds the same plan.
+ * Integers, and two IEEE doubles as in Python: every rank finds the same plan. No recursion, memory
+ * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone back
+ * to brings the times of its ranks along.
  *
- * E experts, P ranks, M = E / P experts at home on a rank; node[p] in [0, P).
+ * E experts, P ranks, M = E / P experts at home on a rank.
  */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +24,9 @@ typedef int64_t i64;
 
 enum { INSIDE, BETWEEN, KINDS };
 enum { CANDIDATES = 2, TRIES = 3 }; /* helpers of each kind to choose from, shifts to try */
-enum { SHIFTS = 5000 };             /* of a whole search: a millisecond or two */
+enum { NO_MEMORY = -1, TOO_MANY = -2 };
+enum { SHIFTS = 5000 };             /* of a whole search: a millisecond */
+enum { RANKS = 2 + 4 * KINDS };     /* numbers that are kept for each rank */
 
 /* Where a search starts: all at home, and again with helpers on other nodes first; experts replicated
  * where that spares one, two or four times the transfer, or once and within the target; all at
@@ -35,24 +40,37 @@ typedef struct {
 } Costs;
 
 typedef struct {
+    i64 expert, helper, tokens;
+} Spill;
+
+typedef struct {
     i64 P, E, M, nodes, min_tokens, max_foreign, max_rows, shifts;
-    const int32_t *node; /* [P] */
-    int32_t *member;     /* [P] the ranks by node */
-    int32_t *first;      /* [P + 2] of each node among these; the last is for counting */
+    int32_t *node;   /* [P] from 0 on, without gaps */
+    int32_t *member; /* [P] the ranks by node */
+    int32_t *first;  /* [P + 2] of each node among these; the last is for counting */
+    int32_t *home;   /* [E] */
     Costs costs;
     i64 *own;     /* [E, P] tokens of each expert on each source rank */
-    i64 *of_node; /* [E, P] the same by node */
+    i64 *of_node; /* [E, P] the same by node, where there are several */
     i64 *load;    /* [E] */
     i64 *by_load; /* [E] the experts, the largest first */
-    /* What changes: tokens of each expert that each rank computes, and the ranks' times. */
-    i64 *tokens;      /* [E, P] */
-    uint8_t *takes;   /* [E, P] a helper has been opened */
-    int32_t *helpers; /* [E] how many */
-    int32_t *shared;  /* the experts that have helpers */
+    /* What changes: tokens of each expert that each rank and node computes, and the ranks' times. */
+    i64 *tokens, *on_node; /* [E, P]; by node where there are several */
+    uint8_t *takes;        /* [E, P] a helper has been opened */
+    int32_t *helpers;      /* [E] how many */
+    int32_t *shared;       /* the experts that have helpers */
     i64 num_shared;
-    i64 *rows, *time; /* [P] */
-    i64 *in[KINDS], *out[KINDS], *lent[KINDS], *borrowed[KINDS]; /* [P] each */
+    int32_t *under; /* the ranks below a target */
+    i64 *ranks;     /* all of the following, RANKS * P */
+    i64 *rows, *time, *in[KINDS], *out[KINDS], *lent[KINDS], *borrowed[KINDS]; /* [P] each */
 } Search;
+
+/* A plan that was written down. */
+typedef struct {
+    Spill *spills;
+    i64 count;
+    i64 *ranks;
+} Saved;
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static i64 most(i64 a, i64 b) { return a > b ? a : b; }
@@ -73,76 +91,84 @@ static void retime(Search *s, i64 r) {
     s->time[r] = time;
 }
 
-/* Add (sign 1) or take away (-1) what the tokens of an expert cost the ranks of a node, under the
- * local cut of ds_llep/cut.py: a rank computes its own tokens first, then its node's. */
-static void book(Search *s, i64 e, int32_t node, i64 sign) {
-    const i64 *own = s->own + e * s->P, *tokens = s->tokens + e * s->P;
-    const int32_t *end = s->member + s->first[node + 1];
-    i64 wanted = 0, left = 0;
-    for (const int32_t *r = s->member + s->first[node]; r < end; r++) {
+/* Let rank r compute q more tokens of an expert, where all ranks are on one node. */
+static void book_rank(Search *s, i64 e, i64 r, i64 q) {
+    i64 at = e * s->P + r, kept = s->own[at] - s->tokens[at];
+    s->out[INSIDE][r] += most(kept - q, 0) - most(kept, 0);
+    s->in[INSIDE][r] += most(q - kept, 0) - most(-kept, 0);
+    s->rows[r] += q;
+    s->tokens[at] += q;
+    retime(s, r);
+}
+
+/* Let ranks `more` and `less` of a node compute q tokens of an expert more and less (-1: no rank),
+ * under the local cut of ds_llep/cut.py: a rank computes its own tokens first, then its node's. */
+static void book(Search *s, i64 e, int32_t node, i64 more, i64 less, i64 q) {
+    i64 at = e * s->P, wanted = 0, left = 0, new_wanted, new_left;
+    const i64 *own = s->own + at;
+    i64 *tokens = s->tokens + at;
+    const int32_t *begin = s->member + s->first[node], *end = s->member + s->first[node + 1];
+    for (const int32_t *r = begin; r < end; r++) {
         wanted += most(tokens[*r] - own[*r], 0);
         left += most(own[*r] - tokens[*r], 0);
     }
-    for (const int32_t *r = s->member + s->first[node]; r < end; r++) {
-        i64 sent = most(own[*r] - tokens[*r], 0), received = most(tokens[*r] - own[*r], 0);
-        i64 near = least(sent, wanted);
-        wanted -= near;
-        s->out[INSIDE][*r] += sign * near;
-        s->out[BETWEEN][*r] += sign * (sent - near);
-        near = least(received, left);
-        left -= near;
-        s->in[INSIDE][*r] += sign * near;
-        s->in[BETWEEN][*r] += sign * (received - near);
-        s->rows[*r] += sign * tokens[*r];
+    new_wanted = wanted, new_left = left;
+    for (int i = 0; i < 2; i++) {
+        i64 r = i ? less : more, change = i ? -q : q;
+        if (r < 0) continue;
+        i64 kept = own[r] - tokens[r];
+        new_wanted += most(change - kept, 0) - most(-kept, 0);
+        new_left += most(kept - change, 0) - most(kept, 0);
+        s->on_node[at + node] += change;
     }
-}
-
-/* The same for one rank, where all ranks are on one node. */
-static void book_rank(Search *s, i64 e, i64 r, i64 sign) {
-    i64 own = s->own[e * s->P + r], tokens = s->tokens[e * s->P + r];
-    s->out[INSIDE][r] += sign * most(own - tokens, 0);
-    s->in[INSIDE][r] += sign * most(tokens - own, 0);
-    s->rows[r] += sign * tokens;
+    for (const int32_t *p = begin; p < end; p++) {
+        i64 r = *p, change = r == more ? q : r == less ? -q : 0, kept = own[r] - tokens[r];
+        i64 sent = most(kept, 0), received = most(-kept, 0);
+        i64 new_sent = most(kept - change, 0), new_received = most(change - kept, 0);
+        i64 near = least(sent, wanted), new_near = least(new_sent, new_wanted);
+        wanted -= near, new_wanted -= new_near;
+        i64 out = new_near - near, out_between = new_sent - sent - out;
+        near = least(received, left), new_near = least(new_received, new_left);
+        left -= near, new_left -= new_near;
+        i64 in = new_near - near, in_between = new_received - received - in;
+        if (!(change | out | out_between | in | in_between)) continue;
+        s->out[INSIDE][r] += out, s->out[BETWEEN][r] += out_between;
+        s->in[INSIDE][r] += in, s->in[BETWEEN][r] += in_between;
+        s->rows[r] += change;
+        tokens[r] += change;
+        retime(s, r);
+    }
 }
 
 /* Let rank `b` compute q tokens of an expert that rank `a` did. */
 static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
     s->shifts--;
-    i64 home = e / s->M, *tokens = s->tokens + e * s->P;
-    uint8_t *takes = s->takes + e * s->P;
-    int32_t nodes[] = {s->node[a], s->node[b]};
-    int count = 1 + kind(s, a, b);
-    if (s->nodes == 1)
-        book_rank(s, e, a, -1), book_rank(s, e, b, -1);
-    else
-        for (int i = 0; i < count; i++) book(s, e, nodes[i], -1);
-    tokens[a] -= q;
-    tokens[b] += q;
-    if (s->nodes == 1)
-        book_rank(s, e, a, 1), book_rank(s, e, b, 1);
-    else
-        for (int i = 0; i < count; i++) book(s, e, nodes[i], 1);
-    if (b != home && !takes[b]) {
-        int k = kind(s, home, b);
-        takes[b] = 1, s->lent[k][home]++, s->borrowed[k][b]++;
-        if (!s->helpers[e]++) s->shared[s->num_shared++] = e;
+    i64 home = s->home[e], at = e * s->P;
+    if (s->nodes == 1) {
+        book_rank(s, e, a, -q);
+        book_rank(s, e, b, q);
+    } else if (s->node[a] == s->node[b]) {
+        book(s, e, s->node[a], b, a, q);
+    } else {
+        book(s, e, s->node[a], -1, a, q);
+        book(s, e, s->node[b], b, -1, q);
     }
-    if (a != home && !tokens[a]) {
+    if (b != home && !s->takes[at + b]) {
+        int k = kind(s, home, b);
+        s->takes[at + b] = 1, s->lent[k][home]++, s->borrowed[k][b]++;
+        if (!s->helpers[e]++) s->shared[s->num_shared++] = e;
+        retime(s, home), retime(s, b);
+    }
+    if (a != home && !s->tokens[at + a]) {
         int k = kind(s, home, a);
-        takes[a] = 0, s->lent[k][home]--, s->borrowed[k][a]--;
+        s->takes[at + a] = 0, s->lent[k][home]--, s->borrowed[k][a]--;
         if (!--s->helpers[e]) {
             i64 i = 0;
             while (s->shared[i] != e) i++;
             s->shared[i] = s->shared[--s->num_shared];
         }
+        retime(s, home), retime(s, a);
     }
-    retime(s, home);
-    if (s->nodes == 1)
-        retime(s, a), retime(s, b);
-    else
-        for (int i = 0; i < count; i++)
-            for (int32_t r = s->first[nodes[i]]; r < s->first[nodes[i] + 1]; r++)
-                retime(s, s->member[r]);
 }
 
 /* Shift if that leaves both ranks under the time that the first one had. */
@@ -163,56 +189,65 @@ static i64 needed(const Search *s, i64 g, i64 target, i64 extra, int k) {
     return busy + (over - busy * both + s->costs.row - 1) / s->costs.row;
 }
 
-/* Tokens of an expert that rank h can take up to `target`: its own ones first, which it then need
- * not send, then those of its node, then others. */
-static i64 room(const Search *s, i64 e, i64 h, i64 target) {
-    i64 home = e / s->M, total = 0;
-    const i64 *own = s->own + e * s->P, *tokens = s->tokens + e * s->P;
-    int k = kind(s, home, h);
-    i64 left = target - s->time[h];
-    if (h != home && !s->takes[e * s->P + h]) {
-        left -= s->costs.expert;
-        if (s->borrowed[k][h] >= s->lent[k][h]) left -= s->costs.weights[k];
-    }
-    i64 mine = most(own[h] - tokens[h], 0), near = NO_LIMIT;
+/* What is left up to `target` of rank h's time when it helps with another home's expert. */
+static i64 left_for(const Search *s, i64 h, i64 target, int k) {
+    int lends_more = s->borrowed[k][h] < s->lent[k][h];
+    return target - s->time[h] - s->costs.expert - (lends_more ? 0 : s->costs.weights[k]);
+}
+
+/* Tokens of an expert, up to `cap`, that rank h can take in the time `left`: its own ones first,
+ * which it then need not send, then those of its node, then others. */
+static i64 room(const Search *s, i64 e, i64 h, i64 left, i64 cap) {
+    i64 at = e * s->P, total = 0, row = s->costs.row;
+    int k = kind(s, s->home[e], h);
+    cap = least(cap, s->max_rows - s->rows[h]);
+    i64 mine = most(s->own[at + h] - s->tokens[at + h], 0), near = NO_LIMIT;
     if (k == BETWEEN) {
-        near = s->of_node[e * s->P + s->node[h]] - mine;
-        for (int32_t r = s->first[s->node[h]]; r < s->first[s->node[h] + 1]; r++)
-            near -= tokens[s->member[r]];
-        near = most(near, 0);
+        i64 n = at + s->node[h];
+        near = most(s->of_node[n] - mine - s->on_node[n], 0);
     }
     i64 spared = least(mine, most(s->out[k][h] - s->in[k][h], 0));
     i64 idle = most(s->out[INSIDE][h] - s->in[INSIDE][h] - (k == INSIDE ? spared : 0), 0);
-    i64 row = s->costs.row;
-    i64 amounts[] = {spared, mine - spared, least(near, idle), near - least(near, idle), NO_LIMIT};
+    i64 unheard = least(near, idle);
+    i64 amounts[] = {spared, mine - spared, unheard, near - unheard, NO_LIMIT};
     i64 prices[] = {row - s->costs.copy[k], row, row, row + s->costs.copy[INSIDE],
                     row + s->costs.copy[BETWEEN]};
-    for (int i = 0; i < 5; i++) {
-        if (prices[i] > 0 && (left < 0 || left / prices[i] < amounts[i])) {
-            total = left > 0 ? total + left / prices[i] : 0;
-            break;
-        }
-        left -= prices[i] * amounts[i];
-        total += amounts[i];
+    for (int i = 0; i < 5 && (total < cap || left < 0); i++) {
+        /* Whatever saves time is taken whole. */
+        i64 amount = prices[i] > 0 ? least(amounts[i], most(cap - total, 0)) : amounts[i];
+        i64 price = prices[i] * amount;
+        if (prices[i] > 0 && left < price) return left > 0 ? total + left / prices[i] : 0;
+        left -= price;
+        total += amount;
     }
-    return least(total, s->max_rows - s->rows[h]);
+    return least(total, cap);
+}
+
+/* The ranks but g whose time is below `target`, the fastest first; how many. */
+static i64 find_under(Search *s, i64 g, i64 target) {
+    i64 count = 0;
+    for (i64 r = 0; r < s->P; r++) {
+        if (r == g || s->time[r] >= target) continue;
+        i64 i = count++;
+        for (; i > 0 && s->time[s->under[i - 1]] > s->time[r]; i--) s->under[i] = s->under[i - 1];
+        s->under[i] = r;
+    }
+    return count;
 }
 
 /* Relieve rank g along an expert that it shares with other ranks already. */
 static int relieve_shared(Search *s, i64 g, i64 target) {
+    i64 count = s->num_shared ? find_under(s, g, target) : 0;
+    if (!count) return 0;
+    i64 want[] = {needed(s, g, target, 0, INSIDE), needed(s, g, target, 0, BETWEEN)};
     for (i64 i = 0; i < s->num_shared; i++) {
-        i64 e = s->shared[i], home = e / s->M, at = e * s->P;
-        if (g != home && !s->takes[at + g]) continue;
-        for (i64 last = -1, b; ; last = s->time[b] * s->P + b) { /* the others by time */
-            b = -1;
-            for (i64 r = 0; r < s->P; r++)
-                if (r != g && (r == home || s->takes[at + r]) && s->time[r] * s->P + r > last &&
-                    (b < 0 || s->time[r] < s->time[b]))
-                    b = r;
-            if (b < 0 || s->time[b] >= target) break;
-            i64 q = least(needed(s, g, target, 0, kind(s, g, b)), room(s, e, b, target));
-            q = least(q, s->tokens[at + g]);
-            if (g != home) q = least(q, s->tokens[at + g] - s->min_tokens);
+        i64 e = s->shared[i], home = s->home[e], at = e * s->P;
+        i64 has = s->tokens[at + g] - (g == home ? 0 : s->min_tokens);
+        if (has <= 0 || (g != home && !s->takes[at + g])) continue;
+        for (i64 j = 0; j < count; j++) {
+            i64 b = s->under[j];
+            if (b != home && !s->takes[at + b]) continue;
+            i64 q = room(s, e, b, target - s->time[b], least(want[kind(s, g, b)], has));
             if (q > 0 && shift_if_better(s, e, g, b, q)) return 1;
         }
     }
@@ -240,7 +275,8 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int over
     for (int k = 0; k < KINDS; k++) {
         i64 extra = s->lent[k][g] >= s->borrowed[k][g] ? s->costs.weights[k] : 0;
         i64 last = -1, want = needed(s, g, target, extra, k);
-        i64 relief = s->costs.row + s->costs.copy[k];
+        i64 relief = s->costs.row + s->costs.copy[k], heavy = s->time[g] + extra;
+        i64 later = far_first && k == INSIDE ? NO_LIMIT : 0;
         for (int c = 0; c < CANDIDATES; c++) {
             i64 h = -1; /* the ranks of this kind by time */
             for (i64 r = 0; r < s->P; r++)
@@ -250,13 +286,22 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int over
                     h = r;
             if (h < 0 || s->time[h] >= high) break;
             last = s->time[h] * s->P + h;
+            i64 left = left_for(s, h, high, k);
+            if (left < 0 && s->costs.row > s->costs.copy[k]) continue;
             for (i64 e = g * s->M; e < (g + 1) * s->M; e++) {
-                if (s->takes[e * s->P + h] || s->tokens[e * s->P + g] < s->min_tokens) continue;
-                i64 q = least(least(want, s->tokens[e * s->P + g]), room(s, e, h, high));
+                i64 at = e * s->P, cap = least(want, s->tokens[at + g]);
+                i64 rest = most(heavy - cap * relief, target) + later;
+                /* Few are worth a closer look: most would not be taken even if they fit. */
+                if (found == TRIES && rest > best[TRIES - 1].left) continue;
+                Candidate new = {rest, least(s->own[at + h], cap), s->time[h], e, h, cap};
+                if (found == TRIES && !before(&new, &best[TRIES - 1])) continue;
+                if (s->takes[at + h] || cap < s->min_tokens) continue;
+                i64 q = room(s, e, h, left, cap);
                 if (q < s->min_tokens) continue;
-                Candidate new = {most(s->time[g] + extra - q * relief, target),
-                                 least(s->own[e * s->P + h], q), s->time[h], e, h, q};
-                if (far_first && k == INSIDE) new.left += NO_LIMIT;
+                if (q < cap) {
+                    new.left = most(heavy - q * relief, target) + later;
+                    new.own = least(new.own, q), new.tokens = q;
+                }
                 int i = found < TRIES ? found++ : TRIES;
                 for (; i > 0 && before(&new, &best[i - 1]); i--)
                     if (i < TRIES) best[i] = best[i - 1];
@@ -291,34 +336,49 @@ static void take_back(Search *s, i64 time) {
     }
 }
 
-typedef struct {
-    i64 expert, helper, tokens;
-} Spill;
-
-/* Write down where tokens are computed away from home; how many places. */
-static i64 save(const Search *s, Spill *spills) {
-    i64 count = 0;
+static void save(const Search *s, Saved *saved) {
+    saved->count = 0;
     for (i64 i = 0; i < s->num_shared; i++)
         for (i64 h = 0, at = s->shared[i] * s->P; h < s->P; h++)
-            if (s->takes[at + h]) spills[count++] = (Spill){s->shared[i], h, s->tokens[at + h]};
-    return count;
+            if (s->takes[at + h])
+                saved->spills[saved->count++] = (Spill){s->shared[i], h, s->tokens[at + h]};
+    memcpy(saved->ranks, s->ranks, RANKS * s->P * sizeof(i64));
+}
+
+/* Compute q more tokens of an expert on rank r and its node; the ranks' times are not touched. */
+static void put(Search *s, i64 e, i64 r, i64 q) {
+    s->tokens[e * s->P + r] += q;
+    s->on_node[e * s->P + s->node[r]] += q;
 }
 
 /* Go to a plan that was written down. */
-static void restore(Search *s, const Spill *spills, i64 count) {
-    while (s->num_shared) {
-        i64 e = s->shared[s->num_shared - 1], h = 0;
-        while (!s->takes[e * s->P + h]) h++;
-        shift(s, e, h, e / s->M, s->tokens[e * s->P + h]);
+static void restore(Search *s, const Saved *saved) {
+    for (i64 i = 0; i < s->num_shared; i++) {
+        i64 e = s->shared[i], at = e * s->P;
+        s->shifts -= s->helpers[e];
+        for (i64 h = 0; s->helpers[e]; h++) {
+            if (!s->takes[at + h]) continue;
+            i64 q = s->tokens[at + h];
+            put(s, e, h, -q), put(s, e, s->home[e], q);
+            s->takes[at + h] = 0, s->helpers[e]--;
+        }
     }
-    for (i64 i = 0; i < count; i++)
-        shift(s, spills[i].expert, spills[i].expert / s->M, spills[i].helper, spills[i].tokens);
+    s->num_shared = 0;
+    for (i64 i = 0; i < saved->count; i++) {
+        Spill *spill = saved->spills + i;
+        i64 e = spill->expert;
+        put(s, e, s->home[e], -spill->tokens), put(s, e, spill->helper, spill->tokens);
+        s->takes[e * s->P + spill->helper] = 1;
+        if (!s->helpers[e]++) s->shared[s->num_shared++] = e;
+    }
+    s->shifts -= saved->count;
+    memcpy(s->ranks, saved->ranks, RANKS * s->P * sizeof(i64));
 }
 
 /* Let the fastest ranks of a node take tokens of an expert that are on it, as far as `target` allows
  * and as long as the copies between nodes that this spares are worth `times` the transfer. */
 static void replicate_on(Search *s, i64 e, int32_t node, i64 target, i64 times) {
-    i64 home = e / s->M, at = e * s->P, left = s->of_node[at + node];
+    i64 home = s->home[e], at = e * s->P, left = s->of_node[at + node];
     i64 spared = s->costs.copy[BETWEEN] - s->costs.copy[INSIDE];
     i64 price = times * (s->costs.weights[BETWEEN] + s->costs.expert);
     while (left >= s->min_tokens && left * spared >= price) {
@@ -329,7 +389,9 @@ static void replicate_on(Search *s, i64 e, int32_t node, i64 target, i64 times) 
                 (h < 0 || s->time[r] < s->time[h]))
                 h = r;
         }
-        i64 q = h < 0 ? 0 : least(least(left, s->tokens[at + home]), room(s, e, h, target));
+        if (h < 0) break;
+        i64 q = least(left, s->tokens[at + home]);
+        q = room(s, e, h, left_for(s, h, target, BETWEEN), q);
         if (q < s->min_tokens || q * spared < price) break;
         shift(s, e, home, h, q);
         left -= q;
@@ -340,24 +402,25 @@ static void replicate_on(Search *s, i64 e, int32_t node, i64 target, i64 times) 
  * worth `times` the transfer; the largest experts first. */
 static void replicate(Search *s, i64 target, i64 times) {
     for (i64 i = 0; i < s->E; i++) {
-        i64 e = s->by_load[i], home = e / s->M, at = e * s->P;
+        i64 e = s->by_load[i], home = s->home[e], at = e * s->P;
         i64 most_spared = s->load[e] * most(s->costs.copy[INSIDE], s->costs.copy[BETWEEN]);
         if (most_spared < times * least(s->costs.weights[INSIDE], s->costs.weights[BETWEEN])) break;
         for (int32_t node = 0; node < s->nodes; node++)
             if (node != s->node[home]) replicate_on(s, e, node, target, times);
         for (i64 h = 0; h < s->P; h++) {
             int k = kind(s, home, h);
+            i64 price = times * (s->costs.weights[k] + s->costs.expert);
+            i64 q = least(s->own[at + h], s->tokens[at + home]);
+            if (q < s->min_tokens || q * s->costs.copy[k] < price) continue;
             if (h == home || s->takes[at + h] || num_foreign(s, h) >= s->max_foreign) continue;
-            i64 q = least(least(s->own[at + h], s->tokens[at + home]), room(s, e, h, target));
-            if (q >= s->min_tokens &&
-                q * s->costs.copy[k] >= times * (s->costs.weights[k] + s->costs.expert))
-                shift(s, e, home, h, q);
+            q = room(s, e, h, left_for(s, h, target, k), q);
+            if (q >= s->min_tokens && q * s->costs.copy[k] >= price) shift(s, e, home, h, q);
         }
     }
 }
 
 /* Relieve the slowest rank until nothing does. */
-static void search(Search *s, i64 target, int far_first, int overfill) {
+static void search(Search *s, i64 target, i64 best, int far_first, int overfill) {
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
@@ -365,6 +428,7 @@ static void search(Search *s, i64 target, int far_first, int overfill) {
         if (relieve_lending(s, g, target, far_first, overfill)) continue;
         if (over <= target / 200) break;
         target += over / 3;
+        if (target >= best) break;
     }
 }
 
@@ -373,101 +437,205 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
+static i64 rows_of(double factor, i64 mean) {
+    double rows = factor * (double)mean;
+    return rows < (double)NO_LIMIT ? (i64)rows : NO_LIMIT;
+}
+
+/* Planner "lla" (ds_llep/planners.py): Algorithms 2 and 3 of the paper, as the same integers.
+ *
+ * load, by_load: of the experts, and these by it. factor: `capacity_factor`. spills gets what leaves
+ * home, and has room for E * P. effective and foreign are [P], to work in. Returns how many
+ * spills. */
+i64 plan_lla(i64 P, i64 E, const i64 *load, const i64 *by_load, i64 min_tokens, i64 max_foreign,
+             double factor, Spill *spills, i64 *effective, i64 *foreign) {
+    i64 M = E / P, total = 0, count = 0;
+    memset(effective, 0, P * sizeof(i64)), memset(foreign, 0, P * sizeof(i64));
+    for (i64 e = 0; e < E; e++) effective[e / M] += load[e], total += load[e];
+    i64 mean = total / P;
+    i64 capacity = most(1, mean ? rows_of(factor, mean) : total);
+    for (i64 i = 0; i < E; i++) {
+        i64 e = by_load[i], home = e / M, first = count;
+        i64 rest = least(load[e], effective[home] - capacity);
+        if (rest <= 0) continue;
+        effective[home] -= rest;
+        while (rest) {
+            i64 h = -1, lowest = effective[0];
+            for (i64 r = 0; r < P; r++) {
+                lowest = least(lowest, effective[r]);
+                if (r != home && foreign[r] < max_foreign && (h < 0 || effective[r] < effective[h]))
+                    h = r;
+            }
+            if (h < 0) break;
+            i64 space = capacity - effective[h], chunk = least(rest, space);
+            if (space <= 0 && effective[h] > lowest) break;
+            if (chunk < min_tokens) chunk = rest;
+            effective[h] += chunk, rest -= chunk;
+            i64 at = first;
+            while (at < count && spills[at].helper != h) at++;
+            if (at == count) spills[count++] = (Spill){e, h, 0};
+            spills[at].tokens += chunk;
+        }
+        effective[home] += rest;
+        for (i64 at = first; at < count; at++) foreign[spills[at].helper]++;
+    }
+    return count;
+}
+
+/* Number the nodes and list their ranks. */
+static void find_nodes(Search *s, const i64 *nodes_P) {
+    i64 P = s->P;
+    for (i64 p = 0; p < P; p++) {
+        i64 q = p ? p - 1 : 0; /* mostly the same */
+        if (nodes_P[q] != nodes_P[p])
+            for (q = 0; nodes_P[q] != nodes_P[p];) q++;
+        s->node[p] = q < p ? s->node[q] : s->nodes++;
+        s->first[s->node[p] + 2]++;
+    }
+    for (i64 n = 1; n < P; n++) s->first[n + 1] += s->first[n];
+    for (i64 p = 0; p < P; p++) s->member[s->first[s->node[p] + 1]++] = p;
+}
+
+/* All at home. Returns the tokens of all. */
+static i64 begin(Search *s, const i64 *counts_PE) {
+    i64 P = s->P, E = s->E, M = s->M, total = 0;
+    for (i64 e = 0; e < E; e++) s->home[e] = e / M;
+    for (i64 p = 0; p < P; p++)
+        for (i64 home = 0; home < P; home++) {
+            i64 copies = 0;
+            for (i64 e = home * M; e < (home + 1) * M; e++) {
+                i64 n = counts_PE[p * E + e];
+                s->own[e * P + p] = n;
+                s->load[e] += n;
+                copies += n;
+                if (s->nodes > 1) s->of_node[e * P + s->node[p]] += n;
+            }
+            s->rows[home] += copies;
+            total += copies;
+            if (p == home) continue;
+            s->out[kind(s, p, home)][p] += copies;
+            s->in[kind(s, p, home)][home] += copies;
+        }
+    /* Sorted as one number each: of equal loads the lower expert first. */
+    for (i64 e = 0; e < E; e++) {
+        put(s, e, s->home[e], s->load[e]);
+        s->by_load[e] = s->load[e] * E + E - 1 - e;
+    }
+    qsort(s->by_load, E, sizeof(i64), descending);
+    for (i64 e = 0; e < E; e++) s->by_load[e] = E - 1 - s->by_load[e] % E;
+    return total;
+}
+
+/* Go from all at home to the plan of "lla", as far as it is within the limits. */
+static void apply_lla(Search *s, double factor, Spill *spills, i64 *memory) {
+    i64 *rows = memory, count = plan_lla(s->P, s->E, s->load, s->by_load, s->min_tokens,
+                                         s->max_foreign, factor, spills, memory, memory + s->P);
+    memcpy(rows, s->rows, s->P * sizeof(i64));
+    for (i64 i = 0; i < count; i++) {
+        if (spills[i].tokens < s->min_tokens) continue;
+        rows[s->home[spills[i].expert]] -= spills[i].tokens;
+        rows[spills[i].helper] += spills[i].tokens;
+    }
+    for (i64 i = 0; i < count; i++)
+        if (spills[i].tokens >= s->min_tokens && rows[spills[i].helper] > s->max_rows) return;
+    for (i64 i = 0; i < count; i++)
+        if (spills[i].tokens >= s->min_tokens)
+            shift(s, spills[i].expert, s->home[spills[i].expert], spills[i].helper,
+                  spills[i].tokens);
+}
+
+/* Search from several starts for plans that are faster than `best`. Returns the best time. */
+static i64 improve(Search *s, const Saved *at_home, Saved *found, i64 best, i64 mean, i64 bound) {
+    /* Each target is nearer to the best time by a share of its distance from what no plan beats,
+     * rows shared evenly. For each, several starts. */
+    static const i64 shares[] = {0, 60, 40, 25, 15, 10, 5, 2};
+    for (int i = 0, in_vain = 0; i < 8 && in_vain < 3; i++, in_vain++) {
+        i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
+        for (int from = 0; from < STARTS && s->shifts > 0; from++) {
+            int replicated = from >= REPLICATED && from < WITHIN_TARGET;
+            if (replicated && i > 0) continue; /* the same start again */
+            if (from == BEST && !found->count) continue;
+            /* These are for several nodes, or for one, where the rest is soon found. */
+            if (s->nodes == 1 && (from == FAR_FIRST || replicated)) continue;
+            if (s->nodes == 1 && from == WITHIN_TARGET && i > 1) continue;
+            /* On many, the shifts are better spent on what carries less. */
+            if (s->nodes > 1 && from == OVERFILL) continue;
+            restore(s, from == BEST ? found : at_home);
+            if (replicated) replicate(s, NO_LIMIT, 1 << (from - REPLICATED));
+            if (from == WITHIN_TARGET) replicate(s, target, 1);
+            if ((replicated || from == WITHIN_TARGET) && !s->num_shared) continue;
+            search(s, target, best, from == FAR_FIRST, from == OVERFILL);
+            if (s->time[slowest(s)] >= best) continue;
+            take_back(s, s->time[slowest(s)]);
+            best = s->time[slowest(s)], save(s, found), in_vain = -1;
+        }
+    }
+    return best;
+}
+
 /* The plan.
  *
- * node_P: from 0 on, without gaps. costs: row, expert, copy inside and between, weights inside and
- * between. limits: fewest tokens of a spill, most foreign experts of a rank, most rows of a rank
- * that helps. start: expert, helper and tokens of each spill of another plan, which this one will
- * not be slower than. tokens_EP gets the plan, times the slowest rank's time without and with it.
- * Returns 0, or -1 where there is no memory. */
-int plan_cost(i64 P, i64 E, const i64 *counts_PE, const int32_t *node_P, const i64 *costs,
-              const i64 *limits, const i64 *start, i64 num_start, i64 *tokens_EP, i64 *times) {
-    Search s = {.P = P, .E = E, .M = E / P, .node = node_P};
+ * nodes_P: any numbers. costs: row, expert, copy inside and between, weights inside and between.
+ * limits: fewest tokens of a spill, most foreign experts of a rank, most tokens of all that the
+ * prices allow for. factor: most rows of a rank that helps, relative to the mean; infinite: any
+ * number. threshold: the load ratio below which nothing spills. tokens_EP gets the plan, times the
+ * slowest rank's time without and with it.
+ *
+ * Returns the number of spills, or NO_MEMORY or TOO_MANY tokens. */
+i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 *costs,
+              const i64 *limits, double factor, double threshold, i64 *tokens_EP, i64 *times) {
+    int limited = factor < INFINITY;
+    Search s = {.P = P, .E = E, .M = E / P, .shifts = SHIFTS};
     s.costs = (Costs){costs[0], costs[1], {costs[2], costs[3]}, {costs[4], costs[5]}};
-    s.shifts = SHIFTS;
-    s.min_tokens = most(limits[0], 1), s.max_foreign = limits[1], s.max_rows = limits[2];
-    i64 *memory = calloc(3 * E * P + 2 * E + (2 + 4 * KINDS) * P, sizeof(i64));
-    char *flags = calloc((2 * E + 2 * P + 2) * sizeof(int32_t) + E * P, 1);
-    Spill *found = malloc(E * P * sizeof(Spill));
-    if (!memory || !flags || !found) {
-        free(memory), free(flags), free(found);
-        return -1;
+    s.min_tokens = most(limits[0], 1), s.max_foreign = limits[1];
+    i64 *memory = calloc(4 * E * P + 2 * E + 3 * RANKS * P, sizeof(i64));
+    int32_t *small = calloc(3 * E + 4 * P + 2 + (E * P + 3) / 4, sizeof(int32_t));
+    Spill *spills = malloc(E * P * sizeof(Spill));
+    if (!memory || !small || !spills) {
+        free(memory), free(small), free(spills);
+        return NO_MEMORY;
     }
     i64 *next = memory;
-    s.own = next, next += E * P, s.of_node = next, next += E * P, s.tokens = next, next += E * P;
+    s.own = next, next += E * P, s.of_node = next, next += E * P;
+    s.tokens = next, next += E * P, s.on_node = next, next += E * P;
     s.load = next, next += E, s.by_load = next, next += E;
-    s.rows = next, next += P, s.time = next, next += P;
+    Saved at_home = {.ranks = next}, found = {spills, 0, next + RANKS * P};
+    next += 2 * RANKS * P;
+    s.ranks = next, s.rows = next, next += P, s.time = next, next += P;
     for (int k = 0; k < KINDS; k++) {
         s.in[k] = next, next += P, s.out[k] = next, next += P;
         s.lent[k] = next, next += P, s.borrowed[k] = next, next += P;
     }
-    s.helpers = (int32_t *)flags, s.shared = s.helpers + E;
-    s.member = s.shared + E, s.first = s.member + P;
+    s.helpers = small, s.shared = s.helpers + E, s.home = s.shared + E;
+    s.node = s.home + E, s.member = s.node + P, s.under = s.member + P, s.first = s.under + P;
     s.takes = (uint8_t *)(s.first + P + 2);
-    for (i64 p = 0; p < P; p++) {
-        s.first[node_P[p] + 2]++;
-        s.nodes = most(s.nodes, node_P[p] + 1);
-    }
-    for (i64 n = 1; n < P; n++) s.first[n + 1] += s.first[n];
-    for (i64 p = 0; p < P; p++) s.member[s.first[node_P[p] + 1]++] = p;
 
-    i64 total = 0;
-    for (i64 p = 0; p < P; p++)
-        for (i64 e = 0; e < E; e++) {
-            i64 n = counts_PE[p * E + e];
-            s.own[e * P + p] = n;
-            s.of_node[e * P + node_P[p]] += n;
-            s.load[e] += n;
-            total += n;
-        }
-    /* Sorted as one number each: of equal loads the lower expert first. */
-    for (i64 e = 0; e < E; e++) {
-        s.tokens[e * P + e / s.M] = s.load[e];
-        s.by_load[e] = s.load[e] * E + E - 1 - e;
-    }
-    qsort(s.by_load, E, sizeof(i64), descending);
-    for (i64 e = 0; e < E; e++) s.by_load[e] = E - 1 - s.by_load[e] % E;
-    for (i64 e = 0; e < E; e++)
-        for (int32_t n = 0; n < s.nodes; n++)
-            if (s.of_node[e * P + n] || n == node_P[e / s.M]) book(&s, e, n, 1);
-    i64 mean = 0;
-    for (i64 r = 0; r < P; r++) retime(&s, r), mean += s.time[r] / P;
-
-    times[0] = s.time[slowest(&s)];
+    find_nodes(&s, nodes_P);
+    i64 total = begin(&s, counts_PE), most_rows = 0, sum = 0, best = 0;
     memcpy(tokens_EP, s.tokens, E * P * sizeof(i64));
-    i64 best = times[0], num_found = 0;
-    restore(&s, (const Spill *)start, num_start);
-    if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], num_found = save(&s, found);
-
-    /* Each target is nearer to the best time by a share of its distance from what no plan beats,
-     * rows shared evenly. For each, several starts. */
-    static const i64 shares[] = {0, 60, 40, 25, 15, 10, 5, 2};
-    i64 bound = s.costs.row * total / P;
-    for (int i = 0, in_vain = 0; i < 8 && in_vain < 3; i++, in_vain++) {
-        i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
-        for (int from = 0; from < STARTS && s.shifts > 0; from++) {
-            int replicated = from >= REPLICATED && from < WITHIN_TARGET;
-            if (replicated && i > 0) continue; /* the same start again */
-            /* These are for several nodes, or for one, where the rest is soon found. */
-            if (s.nodes == 1 && (from == FAR_FIRST || replicated)) continue;
-            if (s.nodes == 1 && from == WITHIN_TARGET && i > 1) continue;
-            /* On many, the shifts are better spent on what carries less. */
-            if (s.nodes > 1 && from == OVERFILL) continue;
-            restore(&s, found, from == BEST ? num_found : 0);
-            if (replicated) replicate(&s, NO_LIMIT, 1 << (from - REPLICATED));
-            if (from == WITHIN_TARGET) replicate(&s, target, 1);
-            search(&s, target, from == FAR_FIRST, from == OVERFILL);
-            if (s.time[slowest(&s)] >= best) continue;
-            take_back(&s, s.time[slowest(&s)]);
-            best = s.time[slowest(&s)], num_found = save(&s, found), in_vain = -1;
+    if (total > limits[2]) {
+        found.count = TOO_MANY;
+    } else {
+        for (i64 r = 0; r < P; r++) {
+            retime(&s, r);
+            most_rows = most(most_rows, s.rows[r]), sum += s.time[r] / P;
         }
+        save(&s, &at_home);
+        best = times[0] = s.time[slowest(&s)];
+        /* Whole numbers as doubles, divided once: the load ratio of ds_llep/plan.py. */
+        if (total && (double)(most_rows * P) / (double)total >= threshold) {
+            s.max_rows = limited ? rows_of(factor, total / P) : NO_LIMIT;
+            apply_lla(&s, limited ? factor : 1, spills, found.ranks);
+            if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], save(&s, &found);
+            best = improve(&s, &at_home, &found, best, sum, s.costs.row * total / P);
+        }
+        times[1] = best;
     }
-    for (i64 i = 0; i < num_found; i++) {
-        i64 at = found[i].expert * P;
-        tokens_EP[at + found[i].expert / s.M] -= found[i].tokens;
-        tokens_EP[at + found[i].helper] = found[i].tokens;
+    for (i64 i = 0; i < found.count; i++) {
+        i64 at = spills[i].expert * P;
+        tokens_EP[at + s.home[spills[i].expert]] -= spills[i].tokens;
+        tokens_EP[at + spills[i].helper] = spills[i].tokens;
     }
-    times[1] = best;
-    free(memory), free(flags), free(found);
-    return 0;
+    free(memory), free(small), free(spills);
+    return found.count;
 }

@@ -2,11 +2,12 @@
 
 Its search takes thousands of steps of a few integer operations, a hundred times slower in Python,
 while every layer waits for it. DeepSpeed and Triton compile with the same compiler, so it asks for
-nothing new. It takes a third of a second, once in each process, and leaves nothing behind.
+nothing new. It takes half a second or so, once in each process, and leaves nothing behind.
 """
 
 import ctypes
 import functools
+import math
 import shutil
 import subprocess
 import tempfile
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("planner_cost.c", "planner_cut.c")]
 _NO_LIMIT = 1 << 60
+_NO_MEMORY, _TOO_MANY = -1, -2
 _COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -36,7 +38,7 @@ def library() -> ctypes.CDLL:
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "planner_cost.so")
-        command = [compiler, "-O3", "-std=c11", "-shared", "-fPIC", "-o", path, _SOURCE]
+        command = [compiler, "-O3", "-std=c11", "-shared", "-fPIC", "-o", path, *_SOURCES]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             loaded = ctypes.CDLL(str(path))
@@ -50,12 +52,11 @@ def library() -> ctypes.CDLL:
                 f'planner "cost" was compiled into {folder} but cannot be loaded: {error}. Let the '
                 f"environment variable TMPDIR name a folder that programs may run from, {instead}."
             ) from None
-    integers, nodes = (np.ctypeslib.ndpointer(dtype, flags="C") for dtype in (np.int64, np.int32))
-    size = ctypes.c_int64
-    loaded.plan_cost.argtypes = (
-        *(size, size, integers, nodes, integers, integers, integers, size),
-        *(integers, integers),
-    )
+    size, array, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+    loaded.plan_cost.argtypes = (size, size, *[array] * 4, number, number, array, array)
+    loaded.plan_cost.restype = size
+    loaded.cut.argtypes = (size, size, *[array] * 3, size, array)
+    loaded.cut.restype = None
     return loaded
 
 
@@ -65,9 +66,9 @@ def plan_cost(
     prices: tuple[int, ...],
     min_tokens: int,
     max_foreign_experts: int | None,
-    max_rows: int | None,
-    start: list[tuple[int, int, int]],
-) -> tuple[np.ndarray, tuple[int, int]]:
+    capacity_factor: float | None,
+    threshold: float,
+) -> tuple[np.ndarray, int, tuple[int, int]]:
     """Search for the plan whose slowest rank is the fastest.
 
     Args:
@@ -77,41 +78,86 @@ def plan_cost(
             expert's weights inside and between; integers >= 0, of a row >= 1.
         min_tokens: fewest tokens of a spill.
         max_foreign_experts: most of a rank; None: any number.
-        max_rows: most of a rank that helps; None: any number.
-        start: (expert, helper, tokens) of each spill of another plan within these limits, which the
-            plan found will not be slower than; it may be empty.
+        capacity_factor: most rows of a rank that helps, relative to the mean; None: any number.
+        threshold: nothing spills where the most loaded rank has fewer rows than the mean times it.
 
     Returns:
-        int64 [E, P], tokens of each expert that each rank computes, and the time of the slowest
-        rank without spills and with these.
+        int64 [E, P], tokens of each expert that each rank computes; the number of spills; and the
+        time of the slowest rank without them and with them.
 
     Raises:
         ValueError: no C compiler; prices out of range, or so high that a sum of them overflows.
         MemoryError: no memory.
     """
     P, E = counts_PE.shape
+    counts_PE, nodes_P = _plain(counts_PE), _plain(nodes_P)
+    costs, limits = _as_arrays(prices, min_tokens, max_foreign_experts, P, E)
+    tokens_EP, times = np.empty((E, P), dtype=np.int64), (ctypes.c_int64 * 2)()
+    spills = library().plan_cost(
+        *(P, E, counts_PE.ctypes.data, nodes_P.ctypes.data, costs, limits),
+        math.inf if capacity_factor is None else capacity_factor,
+        *(threshold, tokens_EP.ctypes.data, times),
+    )
+    if spills == _NO_MEMORY:
+        raise MemoryError(f"planner cost: no memory for {E} experts on {P} ranks")
+    if spills == _TOO_MANY:
+        raise ValueError(f"planner cost: prices {prices} are too high to be added up as 64-bit")
+    return tokens_EP, spills, tuple(times)
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """As C reads it."""
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+@functools.lru_cache
+def _as_arrays(
+    prices: tuple[int, ...], min_tokens: int, max_foreign_experts: int | None, P: int, E: int
+) -> tuple[ctypes.Array, ctypes.Array]:
+    """What is the same for every micro-batch of a layer: prices and limits, for C."""
     if min(prices) < 0 or prices[0] < 1:
         raise ValueError(
             f"planner cost: prices {prices}; valid is 1 or more for a row, 0 or more for the rest"
         )
     row, expert, *copies, weights_inside, weights_between = prices
-    # No rank's time is above this; the search multiplies times by P and by percentages.
-    most = int(counts_PE.sum()) * (row + sum(copies))
-    most += 2 * E * (expert + weights_inside + weights_between)
-    if most * max(P, 100) >= 1 << 62:
+    # No rank's time is above the tokens at `token` each and `fixed`, and the search multiplies
+    # times by P and by percentages.
+    token, fixed = row + sum(copies), 2 * E * (expert + weights_inside + weights_between)
+    max_total = ((1 << 62) // max(P, 100) - fixed) // token - 1
+    if max_total < 0:
         raise ValueError(f"planner cost: prices {prices} are too high to be added up as 64-bit")
     limits = [
         _NO_LIMIT if limit is None else min(limit, _NO_LIMIT)
-        for limit in (min_tokens, max_foreign_experts, max_rows)
+        for limit in (min_tokens, max_foreign_experts)
     ]
-    tokens_EP, times = np.empty((E, P), dtype=np.int64), np.empty(2, dtype=np.int64)
-    failed = library().plan_cost(
-        *(P, E, np.ascontiguousarray(counts_PE)),
-        np.unique(nodes_P, return_inverse=True)[1].astype(np.int32),
-        np.array(prices, dtype=np.int64),
-        np.array(limits, dtype=np.int64),
-        *(np.array(start, dtype=np.int64), len(start), tokens_EP, times),
-    )
-    if failed:
-        raise MemoryError(f"planner cost: no memory for {E} experts on {P} ranks")
-    return tokens_EP, tuple(times.tolist())
+    return (ctypes.c_int64 * 6)(*prices), (ctypes.c_int64 * 3)(*limits, max_total)
+
+
+def cut(
+    counts_PE: np.ndarray, tokens_EP: np.ndarray, nodes_P: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which tokens each rank computes, by the local rule of ds_llep/cut.py.
+
+    Args:
+        counts_PE: int64, each rank's own tokens per expert.
+        tokens_EP: int64, tokens of each expert that each rank computes.
+        nodes_P: int64, the node of each rank, any integers.
+
+    Returns:
+        int64: [X] the experts that are not computed at home alone, ascending; [J] the expert, the
+        computing rank and the tokens of each of their segments, by expert, then rank; [J, P] how
+        many of these are each source's.
+
+    Raises:
+        ValueError: no C compiler.
+    """
+    P, E = counts_PE.shape
+    room = np.count_nonzero(tokens_EP)
+    found = np.empty(2 + P + room * (4 + P), dtype=np.int64)
+    arrays = _plain(counts_PE), _plain(tokens_EP), _plain(nodes_P)
+    library().cut(P, E, *(array.ctypes.data for array in arrays), room, found.ctypes.data)
+    found.setflags(write=False)
+    X, J = found[:2].tolist()
+    expert_X, *segments = found[2 + P : 2 + P + 4 * room].reshape(4, room)
+    sent_JP = found[2 + P + 4 * room :].reshape(room, P)
+    return expert_X[:X], *(column[:J] for column in segments), sent_JP[:J]

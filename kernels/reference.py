@@ -24,21 +24,24 @@ def count_copies(
     scores_TK: torch.Tensor,
     num_experts: int,
     num_ranks: int,
-    report: torch.Tensor,
-) -> None:
-    """Add to `report` what planning needs to know of this rank's routing.
+    version: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What planning needs to know of this rank's routing.
 
     Args:
         selected_TK: [T, K] int64 expert ids; a rank is home to E / P consecutive ones.
         scores_TK: [T, K], any float dtype.
         num_experts, num_ranks: E and P.
-        report: [>= 2 E + P + 2] int64, changed in place, of which more fields may follow for the
-            caller's use: copies of each expert; how many of them are their token's only one at the
-            expert's home; tokens with an expert at home on each rank; copies of experts outside
-            [0, E); scores that are NaN or infinite.
+        version: any number.
+
+    Returns:
+        int64 [2 E + P + 3]: copies of each expert; how many of them are their token's only one at
+        the expert's home; tokens with an expert at home on each rank; copies of experts outside
+        [0, E); scores that are NaN or infinite; the version. And what `address_copies` needs.
     """
+    report = selected_TK.new_zeros(2 * num_experts + num_ranks + 3)
     copies_E, alone_E, reached_P, odd = report.split_with_sizes(
-        [num_experts, num_experts, num_ranks, len(report) - 2 * num_experts - num_ranks]
+        [num_experts, num_experts, num_ranks, 3]
     )
     known_TK = (selected_TK >= 0) & (selected_TK < num_experts)
     expert_N = selected_TK.clamp(0, num_experts - 1).reshape(-1)
@@ -51,11 +54,13 @@ def count_copies(
     reached_P += (there_TP[:, :num_ranks] > 0).sum(0)
     odd[0] += known_TK.numel() - known_TK.sum()
     odd[1] += scores_TK.numel() - scores_TK.detach().isfinite().sum()
+    odd[2] = version
+    return report, selected_TK.new_empty(0)
 
 
 def address_copies(
     selected_TK: torch.Tensor,
-    position_TK: torch.Tensor,
+    blocks: torch.Tensor,
     runs_2EP: torch.Tensor,
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,9 +68,10 @@ def address_copies(
 
     Args:
         selected_TK: [T, K] int64 expert ids; ids outside [0, E) get some address.
-        position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
-        runs_2EP: int32 [2, E, P]. Sorted so, the copies of each expert that each rank computes are
-            a run: the place behind it, and what is to be added to a copy's place to get its row.
+        blocks: from `count_copies`.
+        runs_2EP: int32 [2, E, P]. When all copies are sorted by expert, stably, those of each
+            expert that each rank computes are a run: the place behind it, and what is to be added
+            to a copy's place to get its row.
         rank: this rank, to which nothing is sent.
 
     Returns:
@@ -78,6 +84,10 @@ def address_copies(
     K, (end_EP, shift_EP) = selected_TK.shape[1], runs_2EP
     E, P = end_EP.shape
     selected_TK = selected_TK.clamp(0, E - 1)
+    # Expert ids are small numbers, which sort in fewer passes.
+    order_N = torch.sort(selected_TK.reshape(-1).to(torch.int16), stable=True).indices
+    places_N = torch.arange(len(order_N), dtype=torch.int32, device=order_N.device)
+    position_TK = torch.empty_like(places_N).scatter_(0, order_N, places_N).view(-1, K)
     to_TK = (end_EP[selected_TK] <= position_TK.unsqueeze(2)).sum(2).clamp(max=P - 1)
     target_TK = position_TK + shift_EP[selected_TK, to_TK]
     again_TK = torch.zeros_like(to_TK, dtype=torch.bool)
@@ -158,6 +168,33 @@ def scatter_rows(
         rows_ND[target_U] = x_UD
         if values_N is not None:
             values_N[target_U] = values_UK[:, k].to(values_N.dtype)
+
+
+def gather_values(
+    values_N: torch.Tensor,
+    source_UK: torch.Tensor,
+    parcels_VK: torch.Tensor | None = None,
+    sent_UK: torch.Tensor | None = None,
+    *,
+    out_UK: torch.Tensor,
+) -> None:
+    """`out[u, k] = values[source[u, k]] + parcels[v, k]`, the undoing of `scatter_rows`' values and
+    of `label_parcels`.
+
+    Args:
+        values_N: [N], a float dtype.
+        source_UK: [U, K] int32, each below N; negative: 0.
+        parcels_VK: [V, K] in the same dtype; or None.
+        sent_UK: [U, K] int32: v, or -(v + 2); -1: 0. With parcels only.
+        out_UK: [U, K], any float dtype, changed in place.
+    """
+    padded_N = torch.cat((values_N, values_N.new_zeros(1)))  # the last one is what -1 finds
+    found_UK = padded_N[source_UK.clamp(min=-1).long()]
+    if parcels_VK is not None:
+        place_UK = torch.where(sent_UK < 0, -sent_UK - 2, sent_UK).long()
+        padded_VK = torch.cat((parcels_VK, parcels_VK.new_zeros(1, source_UK.shape[1])))
+        found_UK += padded_VK.gather(0, torch.where(place_UK < 0, len(parcels_VK), place_UK))
+    out_UK.copy_(found_UK)
 
 
 def sum_rows(

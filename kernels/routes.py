@@ -3,24 +3,25 @@
 A *copy* is a (token, choice) pair. A token travels to a rank once, however many of its copies are
 computed there; on the way it is a *parcel*, a row of the send buffer.
 
-Blocks of tokens are independent but for the places in the send buffer, which depend on all blocks
-before. So the addresses come first, with every block's number of parcels for each rank, and a
-second kernel adds those up: two small launches, no atomics, and the same places on every run.
+Blocks of tokens are independent but for two things, which depend on all blocks before: where a copy
+stands among its expert's, and places in the send buffer. For the first, counting has left what each
+block found of each expert. So the addresses come next, with every block's number of parcels for
+each rank, which `parcels.py` adds up: two small launches, no sort, no atomics, and the same places
+on every run.
 
 Kernels call no function of Triton's own library; `rows.py` says why.
 
-Shape letters: T tokens of this rank, K experts per token, E experts, P ranks of the group, U
-parcels.
+Shape letters: T tokens of this rank, K experts per token, E experts, P ranks of the group.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import reference
+from . import counts
 from .combining import add, larger
 
-_TOKENS = 128  # of a block
+_TOGETHER = 32  # tokens of a block that are looked at together: a row of all experts for each
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def _run_kernel(
 @triton.jit(do_not_specialize=["T", "rank"])
 def _address_kernel(
     selected_ptr,
-    position_ptr,
+    blocks_ptr,
     end_ptr,
     shift_ptr,
     own_ptr,
@@ -85,96 +86,60 @@ def _address_kernel(
     P: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    block = tl.program_id(0)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    ranks = tl.arange(0, BLOCK_P)
-    reached = tl.full([BLOCK_T, BLOCK_P], 0, tl.int32)
-    for k in tl.static_range(K):
-        copy = t * K + k
-        e = tl.load(selected_ptr + copy, mask=t < T, other=0)
-        e = tl.where((e >= 0) & (e < E), e, 0)  # an error, which the host does not know of yet
-        run = e.to(tl.int32) * P
-        position = tl.load(position_ptr + copy, mask=t < T, other=0)
-        # The first rank whose run ends behind the position, by bisection; or else the last one.
-        to = tl.full([BLOCK_T], 0, tl.int32)
-        step = BLOCK_P // 2
-        while step > 0:
-            last = to + step - 1
-            end = tl.load(end_ptr + run + last, mask=(t < T) & (last < P - 1), other=2147483647)
-            to = tl.where(position < end, to, to + step)
-            step = step // 2
-        row = position + tl.load(shift_ptr + run + to, mask=t < T, other=0)
-        own = to == rank
-        tl.store(own_ptr + copy, tl.where(own, row, -1), mask=t < T)
-        tl.store(target_ptr + copy, row, mask=t < T)
-        here = (to[:, None] == ranks[None, :]).to(tl.int32)
-        again = tl.reduce(here * reached, 1, larger) > 0
-        # The rank stands for the place until the next kernel knows it.
-        sent = tl.where(own, -1, tl.where(again, -(to + 2), to))
-        tl.store(sent_ptr + copy, sent, mask=t < T)
-        reached = larger(reached, here)
-    tl.store(parcels_ptr + block * BLOCK_P + ranks, tl.reduce(reached, 0, add))
-
-
-@triton.jit(do_not_specialize=["T"])
-def _place_kernel(
-    sent_ptr,
-    parcels_ptr,
-    first_ptr,
-    T,
-    P: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     block = tl.program_id(0)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_P)
-    place = tl.load(first_ptr + ranks, mask=ranks < P, other=0)
+    experts = tl.arange(0, BLOCK_E)
+    # Copies sorted by expert: those of lower experts come first, then those of blocks before.
+    start_E = tl.load(end_ptr + experts * P - 1, mask=(experts > 0) & (experts < E), other=0)
     for start in range(0, block, BLOCK_B):
         before = start + tl.arange(0, BLOCK_B)
-        parcels_ptrs = parcels_ptr + before[:, None] * BLOCK_P + ranks[None, :]
-        parcels = tl.load(parcels_ptrs, mask=(before < block)[:, None], other=0)
-        place += tl.reduce(parcels, 0, add)
-    reached = tl.full([BLOCK_T, BLOCK_P], 0, tl.int32)
-    for k in tl.static_range(K):
-        to = tl.load(sent_ptr + t * K + k, mask=t < T, other=-1)
-        reached += (to[:, None] == ranks[None, :]).to(tl.int32)
-    places = place[None, :] + tl.associative_scan(reached, 0, add) - reached
-    for k in tl.static_range(K):
-        code = tl.load(sent_ptr + t * K + k, mask=t < T, other=-1)
-        to = tl.where(code >= 0, code, -code - 2)
-        here = tl.where(to[:, None] == ranks[None, :], places, 0)
-        found = tl.reduce(here, 1, add)
-        sent = tl.where(code >= 0, found, tl.where(code == -1, -1, -(found + 2)))
-        tl.store(sent_ptr + t * K + k, sent, mask=t < T)
-
-
-@triton.jit(do_not_specialize=["copies"])
-def _label_kernel(
-    sent_ptr,
-    target_ptr,
-    values_ptr,
-    targets_ptr,
-    weights_ptr,
-    target_stride,
-    weight_stride,
-    copies,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    copy = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    code = tl.load(sent_ptr + copy, mask=copy < copies, other=-1)
-    place = tl.where(code >= 0, code, -code - 2).to(tl.int64)
-    k = copy % K
-    target = tl.load(target_ptr + copy, mask=copy < copies, other=-1)
-    tl.store(targets_ptr + place * target_stride + k, target, mask=place >= 0)
-    value = tl.load(values_ptr + copy, mask=copy < copies, other=0.0)
-    value = value.to(weights_ptr.dtype.element_ty)
-    tl.store(weights_ptr + place * weight_stride + k, value, mask=place >= 0)
+        counts_ptrs = blocks_ptr + before[:, None] * E + experts[None, :]
+        mask = (before < block)[:, None] & (experts < E)[None, :]
+        start_E += tl.reduce(tl.load(counts_ptrs, mask=mask, other=0), 0, add)
+    parcels = tl.full([BLOCK_P], 0, tl.int32)
+    for first in range(0, BLOCK_T, TOGETHER):
+        t = block * BLOCK_T + first + tl.arange(0, TOGETHER)
+        chosen = tl.full([TOGETHER, BLOCK_E], 0, tl.int32)
+        for k in tl.static_range(K):
+            e = tl.load(selected_ptr + t * K + k, mask=t < T, other=-1).to(tl.int32)
+            chosen += (e[:, None] == experts[None, :]).to(tl.int32)
+        position_TE = start_E[None, :] + tl.associative_scan(chosen, 0, add) - chosen
+        start_E += tl.reduce(chosen, 0, add)
+        reached = tl.full([TOGETHER, BLOCK_P], 0, tl.int32)
+        for k in tl.static_range(K):
+            copy = t * K + k
+            e = tl.load(selected_ptr + copy, mask=t < T, other=0)
+            e = tl.where((e >= 0) & (e < E), e, 0)  # an error, which the host does not know of yet
+            e = e.to(tl.int32)
+            is_e = e[:, None] == experts[None, :]
+            position = tl.reduce(tl.where(is_e, position_TE, 0), 1, add)
+            position_TE += is_e.to(tl.int32)  # of a token that chooses it twice
+            # The first rank whose run ends behind the position, by bisection; or else the last one.
+            to = tl.full([TOGETHER], 0, tl.int32)
+            step = BLOCK_P // 2
+            while step > 0:
+                last = to + step - 1
+                mask = (t < T) & (last < P - 1)
+                end = tl.load(end_ptr + e * P + last, mask=mask, other=2147483647)
+                to = tl.where(position < end, to, to + step)
+                step = step // 2
+            row = position + tl.load(shift_ptr + e * P + to, mask=t < T, other=0)
+            own = to == rank
+            tl.store(own_ptr + copy, tl.where(own, row, -1), mask=t < T)
+            tl.store(target_ptr + copy, row, mask=t < T)
+            here = (to[:, None] == ranks[None, :]).to(tl.int32)
+            again = tl.reduce(here * reached, 1, larger) > 0
+            # The rank stands for the place until the next kernel knows it.
+            sent = tl.where(own, -1, tl.where(again, -(to + 2), to))
+            tl.store(sent_ptr + copy, sent, mask=t < T)
+            reached = larger(reached, here)
+        parcels += tl.reduce(reached, 0, add)
+    tl.store(parcels_ptr + block * BLOCK_P + ranks, parcels)
 
 
 def _block_p(num_ranks: int) -> int:
@@ -210,7 +175,7 @@ def find_runs(counts_PE: torch.Tensor, tokens_EP: torch.Tensor, rank: int) -> to
 
 def address_copies(
     selected_TK: torch.Tensor,
-    position_TK: torch.Tensor,
+    blocks_BE: torch.Tensor,
     runs_2EP: torch.Tensor,
     rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -218,9 +183,10 @@ def address_copies(
 
     Args:
         selected_TK: [T, K] int64 expert ids; ids outside [0, E) get some address.
-        position_TK: [T, K] int32: the copy's place when all are sorted by expert, stably.
-        runs_2EP: int32 [2, E, P]. Sorted so, the copies of each expert that each rank computes are
-            a run: the place behind it, and what is to be added to a copy's place to get its row.
+        blocks_BE: int32 [B, E] from `count_copies`.
+        runs_2EP: int32 [2, E, P]. When all copies are sorted by expert, stably, those of each
+            expert that each rank computes are a run: the place behind it, and what is to be added
+            to a copy's place to get its row.
         rank: this rank, to which nothing is sent.
 
     Returns:
@@ -233,62 +199,14 @@ def address_copies(
     (T, K), (_, E, P) = selected_TK.shape, runs_2EP.shape
     assert runs_2EP.dtype == torch.int32 and runs_2EP.is_contiguous()
     own, sent, target = selected_TK.new_empty((3, T, K), dtype=torch.int32)
-    blocks, block_p = triton.cdiv(T, _TOKENS), _block_p(P)
+    blocks, block_e, block_p = len(blocks_BE), triton.next_power_of_2(E), _block_p(P)
     parcels = selected_TK.new_empty((blocks, block_p), dtype=torch.int32)
     if T:
         _address_kernel[(blocks,)](
-            *(selected_TK.contiguous(), position_TK.contiguous(), *runs_2EP),
-            *(own, sent, target, parcels, T, rank, E, P, K, _TOKENS, block_p),
-            num_warps=4,
+            *(selected_TK.contiguous(), blocks_BE, *runs_2EP),
+            *(own, sent, target, parcels, T, rank, E, P, K),
+            *(counts.TOKENS, min(_TOGETHER, counts.TOKENS), block_e, block_p),
+            BLOCK_B=32,
+            num_warps=4 if block_e <= 128 else 8,
         )
     return own, sent, target, parcels
-
-
-def place_parcels(sent_TK: torch.Tensor, parcels: torch.Tensor, first_P: torch.Tensor) -> None:
-    """Give each parcel its place in the send buffer.
-
-    Args:
-        sent_TK: int32 [T, K], from `address_copies`, changed in place: ranks p become places u.
-            Places of a rank are given in token order.
-        parcels: from `address_copies`.
-        first_P: [P] int32: the first place of each rank's parcels.
-    """
-    (T, K), P = sent_TK.shape, first_P.shape[0]
-    if T:
-        _place_kernel[(len(parcels),)](
-            *(sent_TK, parcels, first_P, T, P, K, _TOKENS, parcels.shape[1]),
-            BLOCK_B=32,
-            num_warps=4,
-        )
-
-
-def label_parcels(
-    sent_TK: torch.Tensor,
-    target_TK: torch.Tensor,
-    values_TK: torch.Tensor,
-    targets_UK: torch.Tensor,
-    values_UK: torch.Tensor,
-) -> None:
-    """Write on each parcel which rows its copies are, and their values.
-
-    Args:
-        sent_TK, target_TK: as from `address_copies` and `place_parcels`.
-        values_TK: [T, K], any float dtype.
-        targets_UK: [U + 1, K] int32, any row stride, changed in place: the row of each copy, -1 for
-            choices that this parcel does not serve and for parcels that no token uses.
-        values_UK: [U + 1, K], a float dtype, any row stride, changed in place where `targets_UK` is
-            not -1.
-
-    The last row of both takes what goes nowhere.
-    """
-    if values_UK.dtype == torch.float64:
-        return reference.label_parcels(sent_TK, target_TK, values_TK, targets_UK, values_UK)
-    copies = sent_TK.numel()
-    targets_UK.fill_(-1)
-    if copies:
-        _label_kernel[(triton.cdiv(copies, 1024),)](
-            *(sent_TK, target_TK, values_TK.contiguous(), targets_UK, values_UK),
-            *(targets_UK.stride(0), values_UK.stride(0), copies, sent_TK.shape[1]),
-            BLOCK=1024,
-            num_warps=4,
-        )

@@ -56,6 +56,34 @@ def _scatter_rows_kernel(
             tl.store(rows_ptr + n * rows_stride + d, value, mask=d < tl.where(n >= 0, D, 0))
 
 
+@triton.jit(do_not_specialize=["copies"])
+def _gather_values_kernel(
+    values_ptr,
+    source_ptr,
+    parcels_ptr,
+    sent_ptr,
+    out_ptr,
+    parcels_stride,
+    out_stride,
+    copies,
+    K: tl.constexpr,
+    HAS_PARCELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    copy = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    u = (copy // K).to(tl.int64)
+    k = copy % K
+    n = tl.load(source_ptr + copy, mask=copy < copies, other=-1)
+    value = tl.load(values_ptr + n, mask=n >= 0, other=0.0)
+    if HAS_PARCELS:
+        code = tl.load(sent_ptr + copy, mask=copy < copies, other=-1)
+        place = tl.where(code >= 0, code, -code - 2)
+        parcel_ptr = parcels_ptr + place.to(tl.int64) * parcels_stride + k
+        value += tl.load(parcel_ptr, mask=place >= 0, other=0.0)
+    value = value.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + u * out_stride + k, value, mask=copy < copies)
+
+
 @triton.jit(do_not_specialize=["num_home"])
 def _sum_rows_kernel(
     home_ptr,
@@ -140,6 +168,40 @@ def scatter_rows(
             *(0 if values_UK is None else values_UK.stride(0), D, K),
             HAS_VALUES=values_UK is not None,
             **_launch_sizes(D, 4096),
+        )
+
+
+def gather_values(
+    values_N: torch.Tensor,
+    source_UK: torch.Tensor,
+    parcels_VK: torch.Tensor | None = None,
+    sent_UK: torch.Tensor | None = None,
+    *,
+    out_UK: torch.Tensor,
+) -> None:
+    """`out[u, k] = values[source[u, k]] + parcels[v, k]`, the undoing of `scatter_rows`' values and
+    of `label_parcels`.
+
+    Args:
+        values_N: [N], a float dtype.
+        source_UK: [U, K] int32, each below N; negative: 0.
+        parcels_VK: [V, K] in the same dtype, any row stride; or None.
+        sent_UK: [U, K] int32: v, or -(v + 2); -1: 0. With parcels only.
+        out_UK: [U, K], any float dtype and row stride, changed in place.
+    """
+    assert source_UK.is_contiguous() and out_UK.shape == source_UK.shape and out_UK.stride(1) == 1
+    if parcels_VK is not None:
+        assert parcels_VK.dtype == values_N.dtype and parcels_VK.stride(1) == 1
+        assert sent_UK.shape == source_UK.shape and sent_UK.is_contiguous()
+    copies = source_UK.numel()
+    if copies:
+        _gather_values_kernel[(triton.cdiv(copies, 1024),)](
+            *(values_N, source_UK, parcels_VK, sent_UK, out_UK),
+            *(0 if parcels_VK is None else parcels_VK.stride(0), out_UK.stride(0), copies),
+            K=source_UK.shape[1],
+            HAS_PARCELS=parcels_VK is not None,
+            BLOCK=1024,
+            num_warps=4,
         )
 
 

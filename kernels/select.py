@@ -26,6 +26,7 @@ class KernelSet(NamedTuple):
     place_parcels: Callable
     label_parcels: Callable
     scatter_rows: Callable
+    gather_values: Callable
     sum_rows: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
@@ -33,9 +34,11 @@ class KernelSet(NamedTuple):
     gradient_of_bias_weight: Callable
     gradient_of_bias: Callable
     gate_up: Callable
-    """In `grouped_gemm.py`, like the next three."""
+    """In `grouped_gemm.py`, like the next four."""
     product: Callable
     """`grouped_gemm.grouped_gemm`."""
+    in_parts: Callable
+    """Whether the two before take a part of the rows."""
     gradient_of_rows: Callable
     gradient_of_weights: Callable
     """`grouped_gemm.grouped_gemm_weight_gradient`."""
@@ -53,6 +56,7 @@ def _torch_kernels() -> KernelSet:
         place_parcels=reference.place_parcels,
         label_parcels=reference.label_parcels,
         scatter_rows=reference.scatter_rows,
+        gather_values=reference.gather_values,
         sum_rows=reference.sum_rows,
         swiglu_forward=reference_mlp.swiglu_forward,
         swiglu_backward=reference_mlp.swiglu_backward,
@@ -61,6 +65,7 @@ def _torch_kernels() -> KernelSet:
         gradient_of_bias=reference_mlp.gradient_of_bias,
         gate_up=grouped_gemm.gate_up,
         product=grouped_gemm.grouped_gemm,
+        in_parts=grouped_gemm.in_parts,
         gradient_of_rows=grouped_gemm.gradient_of_rows,
         gradient_of_weights=grouped_gemm.grouped_gemm_weight_gradient,
         plan_lla=None,
@@ -69,10 +74,10 @@ def _torch_kernels() -> KernelSet:
 
 
 def _triton_kernels() -> KernelSet:
-    from . import bias, counts, planner, products, routes, rows, swiglu
+    from . import bias, counts, parcels, planner, products, routes, rows, swiglu
 
     found = {}
-    for module in (bias, counts, planner, products, routes, rows, swiglu):
+    for module in (bias, counts, parcels, planner, products, routes, rows, swiglu):
         found |= vars(module)
     return KernelSet("triton", *(found[name] for name in KernelSet._fields[1:]))
 

@@ -96,10 +96,9 @@ def test_tokens_that_reach_a_rank(monkeypatch, seed):
         monkeypatch.setattr(batch.dist, "get_rank", lambda rank=rank: rank)
         own = batch.Batch("zipf:1", shape, 2, seed, torch.empty(0))
         reached.append(own.reached(step=1, layer=2))
-        report = torch.zeros(2 * 8 + 2 + 2, dtype=torch.int64)
-        count_copies(own.ids(1, 2), torch.zeros(50, 3), 8, 2, report)
+        report, _ = count_copies(own.ids(1, 2), torch.zeros(50, 3), 8, 2, 0)
         reached_PP, alone_PE = reached[-1]
-        assert [*alone_PE[rank - 4], *reached_PP[rank - 4]] == report[8:-2].tolist()
+        assert [*alone_PE[rank - 4], *reached_PP[rank - 4]] == report[8:-3].tolist()
         assert alone_PE.any()
     for one, other in zip(*reached, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -21,14 +21,15 @@ GROUP_GEMM = "deepspeed.ops.triton_ops.group_gemm_triton"
 ROOMS = {
     # module of ds_llep: (modules of ds_llep below it, packages from outside)
     "config": (set(), {"pydantic", "deepspeed.runtime.config_utils"}),
-    "cut": (set(), {"numpy"}),
+    "cut": ({"kernels.planner_cost"}, {"numpy"}),
     "costs": ({"cut"}, {"numpy"}),
     "planners": ({"costs", "kernels.planner_cost"}, {"numpy"}),
     "plan": ({"costs", "cut", "planners"}, {"numpy"}),
     "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"}),
     "timeline": (set(), {"deepspeed.accelerator"}),
     "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
-    "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),
+    "crossings": (set(), {"torch"}),
+    "dispatch": ({"route", "crossings", "timeline"}, {"torch", "deepspeed.comm"}),
     "activation": (KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
     "biased": (set(), {"torch", "deepspeed.moe.ep_experts", GROUP_GEMM}),
     "low_rank": (KERNELS, {"torch"}),
@@ -48,7 +49,7 @@ ROOMS = {
     ),
     "returns": ({"plan", "fetch", "workspace"}, {"torch", "deepspeed.comm"}),
     "experts": (
-        {"activation", "dispatch", "plan", "fetch", "mlp", "returns", "timeline"} | KERNELS,
+        {"activation", "crossings", "fetch", "mlp", "returns", "route", "timeline"} | KERNELS,
         {"torch", "deepspeed.moe.ep_experts"},
     ),
     "trace": (set(), {"numpy"}),

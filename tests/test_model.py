@@ -6,6 +6,7 @@ import json
 from unittest import mock
 
 import deepspeed.comm as dist
+import numpy as np
 import pytest
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
@@ -13,7 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from test_bench import SMALL, device, run_command
 
 from ds_llep import cli, fetch
-from ds_llep.bench import fine_tuning
+from ds_llep.bench import fine_tuning, losses
 from ds_llep.bench.fine_tuning import FineTuning, ModelSettings
 from ds_llep.bench.measure import WARM_UPS
 from ds_llep.bench.session import WrongResults
@@ -137,6 +138,34 @@ def test_steps(pools, seed, shape_name, workloads, zero_stage, checkpointing):
             ]
 
 
+def trained(shape_name: str, seed: int, steps: int) -> list[dict]:
+    classes = set()
+    prepare = FineTuning.prepare
+
+    def seen(self, batch, step):
+        classes.add((type(self.layers[0]), step))
+        prepare(self, batch, step)
+
+    changes = {"shape_name": shape_name, "seed": seed, "workloads": ["50:2"]}
+    with mock.patch.object(FineTuning, "prepare", seen):
+        records = [*losses.train(settings(**changes), device(), steps)][0]
+    assert classes == {(kind, n) for kind in (AutoEPMoELayer, LLEPMoELayer) for n in range(steps)}
+    return records
+
+
+@pytest.mark.parametrize("shape_name", ["tiny", "tiny-gpt-oss"])
+def test_both_modes_train_alike(pools, seed, shape_name):
+    """The same losses from the same weights, and they fall."""
+    answers = pools(2).run(trained, shape_name, seed, 4)
+    for ep, llep in answers:
+        assert (ep["mode"], llep["mode"]) == ("ep", "llep") and ep["kind"] == "losses"
+        fell = ep["losses"][0] - ep["losses"][-1]
+        differences = np.subtract(ep["losses"], llep["losses"])
+        # In fp32 a hundred thousandth of it, in bf16 more.
+        assert 0 <= abs(differences).max() < fell * (0.01 if ep["dtype"] == "float32" else 0.5)
+        assert [llep["losses"], ep["losses"]] == [x["losses"] for x in answers[0][::-1]]
+
+
 def run_wrong(seed: int, rank: int) -> list[str]:
     """What is said where llep's first layer gives, on one rank, wrong values or wrong gradients."""
     made = FineTuning(settings(seed=seed, workloads=["50:2"]), device())
@@ -193,9 +222,21 @@ def test_command(tmp_path):
     assert lines[-1]["llep"]["imbalance_threshold"] == 1.0
 
 
+def test_train_command(tmp_path):
+    path = tmp_path / "losses.jsonl"
+    options = "--ranks 2 --device cpu --tokens 64 --seq-len 32 --train 3 --workloads 50:4 --json"
+    done = run_command("model", *options.split(), str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "loss with AutoEP" in done.stdout and "largest difference" in done.stdout
+    ep, llep = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [len(line["losses"]) for line in (ep, llep)] == [3, 3]
+    assert [line["workload"] for line in (ep, llep)] == ["50:4", "50:4"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--train 0", "--train 0; valid is 1 or more"),
         ("--layers 0", "--layers 0; valid is 1 or more"),
         ("--repeats 0", "--repeats 0; valid is 1 or more"),
         ("--tokens 0", "tokens is 0; valid is 1 or more"),

@@ -19,7 +19,7 @@ from ds_llep.bench.parcels import (
 )
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
-from ds_llep.route import Addresses, Route, RouteMaps, find_runs, make_route, sort_copies
+from ds_llep.route import Addresses, Route, RouteMaps, find_runs, make_route
 
 CPU = select_kernels("torch", torch.device("cpu"))
 NONE, SOME, LOCAL = (
@@ -41,10 +41,10 @@ def counted(ids: list[np.ndarray], num_experts: int) -> tuple[np.ndarray, ...]:
     """What ranks count: copies ``[P, E]``, tokens that reach a home ``[P, P]``, and copies that are
     their token's only one at home ``[P, E]``."""
     E, P = num_experts, len(ids)
-    reports = torch.zeros((P, 2 * E + P + 2), dtype=torch.int64)
-    for own_ids, report in zip(ids, reports, strict=True):
-        CPU.count_copies(torch.from_numpy(own_ids), torch.zeros(own_ids.shape), E, P, report)
-    counts_PE, alone_PE, reached_PP, _ = (x.numpy() for x in reports.split([E, E, P, 2], dim=1))
+    scores = (torch.zeros(own_ids.shape) for own_ids in ids)
+    counted = zip(map(torch.from_numpy, ids), scores, strict=True)
+    reports = torch.stack([CPU.count_copies(*own, E, P, 0)[0] for own in counted])
+    counts_PE, alone_PE, reached_PP, _ = (x.numpy() for x in reports.split([E, E, P, 3], dim=1))
     return counts_PE, reached_PP, alone_PE
 
 
@@ -54,8 +54,10 @@ def routes_of(ids, plan: Plan, reached_PP, alone_PE) -> list[tuple[Route, RouteM
     for rank, own_ids in enumerate(ids):
         selected_TK = torch.from_numpy(own_ids)
         runs = torch.from_numpy(find_runs(plan, rank))
-        found = CPU.address_copies(selected_TK, sort_copies(selected_TK), runs, rank)
-        made.append(make_route(Addresses(*found), reached_PP, alone_PE, plan, rank, None, CPU))
+        found = CPU.address_copies(selected_TK, torch.empty(0), runs, rank)
+        route = make_route(reached_PP, alone_PE, plan, rank, None, CPU, own_ids.shape[1])
+        first_P = torch.from_numpy(route.first_P)
+        made.append((route, Addresses(*found).place(first_P, CPU)))
     return made
 
 

@@ -8,15 +8,14 @@ import torch
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep.activation import Activation
-from ds_llep.dispatch import DispatchBackward, combine, dispatch
+from ds_llep.dispatch import combine, crossings, dispatch
 from ds_llep.kernels.grouped_gemm import (
     add_grouped_gemm,
     grouped_gemm,
     grouped_gemm_weight_gradient,
 )
 from ds_llep.kernels.select import select_kernels
-from ds_llep.returns import Sum
-from ds_llep.route import Addresses, find_runs, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route
 
 CPU = select_kernels("torch", torch.device("cpu"))
 PLAN_ALWAYS = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
@@ -30,43 +29,25 @@ def test_dispatch_and_combine_gradients(top_k, seed):
     counts = torch.bincount(selected.reshape(-1), minlength=6).view(1, 6).numpy()
     plan = make_plan(counts, PLAN_ALWAYS)
     runs = torch.from_numpy(find_runs(plan, 0))
-    addresses = CPU.address_copies(selected, sort_copies(selected), runs, 0)
     reached_PP, alone_PE = np.full((1, 1), 5), counts * (top_k == 1)
-    route, maps = make_route(Addresses(*addresses), reached_PP, alone_PE, plan, 0, None, CPU)
+    route = make_route(reached_PP, alone_PE, plan, 0, None, CPU, top_k)
+    addresses = Addresses(*CPU.address_copies(selected, torch.empty(0), runs, 0))
+    maps = addresses.place(torch.from_numpy(route.first_P), CPU)
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     scores = torch.rand(5, top_k, dtype=torch.float64, requires_grad=True)
 
     def layer(x, scores):
-        dispatched = dispatch(x, scores, route, maps, DispatchBackward(route))
+        ends = crossings(route)
+        dispatched = dispatch(x, scores, route, maps, ends)
+        ends.tokens.finish()
         rows, none, scores_N, arrived = dispatched
         assert len(none) == len(arrived) == 0
         out = rows.sin() * scores_N.unsqueeze(1)
-        return combine(out, none, arrived, route, maps)
+        return combine(out, none, arrived, route, maps, ends)
 
     assert torch.autograd.gradcheck(layer, (x, scores))
     expected = x.sin() * scores.sum(1, keepdim=True)
     assert torch.allclose(layer(x, scores), expected)
-
-
-def test_places_of_copies_sorted_by_expert(seed):
-    rng = np.random.default_rng(seed)
-    for T, K, E in ((0, 2, 4), (1, 1, 1), (70, 3, 5), (200, 2, 300)):
-        selected = rng.integers(E, size=(T, K))
-        order = np.argsort(selected.reshape(-1), kind="stable")
-        places = sort_copies(torch.from_numpy(selected).to(DEVICE))
-        assert places.dtype == torch.int32 and places.shape == (T, K)
-        assert places.flatten()[order].tolist() == list(range(T * K))
-
-
-def test_returned_gradients_are_rounded_once():
-    """Helpers' bf16 gradients are summed in fp32: small ones do not vanish one by one."""
-    gradients = [torch.full((2, 1, 1), 256.0, dtype=torch.bfloat16)]
-    total = Sum(gradients)
-    for _ in range(8):
-        total.add(1, [torch.full((1, 1, 1), 0.5, dtype=torch.bfloat16)])
-    total.add(0, [torch.full((1, 1, 1), 4.0, dtype=torch.bfloat16)])
-    total.flush()
-    assert gradients[0].flatten().tolist() == [260.0, 260.0]
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,5 +1,6 @@
 """Planner "cost": its guarantees, its limits, and how near it comes to the best plan there is."""
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -22,8 +23,10 @@ from ds_llep.bench.workloads import Draw, parse
 from ds_llep.costs import DEFAULT, Costs, rank_costs
 from ds_llep.kernels import planner_cost
 from ds_llep.plan import Plan, make_plan
+from ds_llep.planners import plan_lla
 from ds_llep.rates import H200
 
+INTEGER, POINTER = ctypes.c_int64, ctypes.c_void_p
 FREE_SPILLS = Costs(1000, 0, 0, 0, 0, 0)
 MANY = 600
 """Some of the planner's branches decide fewer than one case of a hundred."""
@@ -118,20 +121,53 @@ def test_never_slower_than_without_spills_or_with_lla(case):
 @for_all(cases, examples=MANY)
 def test_the_search_knows_the_exact_time(case):
     """After thousands of shifts, what it has kept for each rank is what the model says."""
-    start = [(spill.expert, spill.helper, spill.tokens) for spill in case.plan("lla").spills]
-    for spills in ([], start):
-        limits = 1, case.config.max_foreign_experts, None
-        tokens_EP, (before, after) = planner_cost.plan_cost(
-            case.counts_PE, case.nodes_P, case.costs.prices, *limits, spills
+    limits = case.config.min_tokens_per_gemm, case.config.max_foreign_experts
+    for factor in (case.config.capacity_factor, None):
+        tokens_EP, spills, (before, after) = planner_cost.plan_cost(
+            case.counts_PE, case.nodes_P, case.costs.prices, *limits, factor, threshold=1.0
         )
+        assert spills == ((tokens_EP > 0) & (case.at_home() == 0)).sum()
         assert before == case.time(case.at_home())
         assert after == case.time(tokens_EP)
+
+
+@for_all(cases, st.sampled_from([1, 50, 1000]), st.none() | st.floats(1, 2), examples=MANY)
+def test_lla_in_c_is_lla(case, fewer, factor):
+    """The plan that the search starts from, as the same integers."""
+    case = case._replace(counts_PE=case.counts_PE // fewer)
+    case.config.capacity_factor = factor or case.config.capacity_factor
+    load_E, E = case.counts_PE.sum(0), case.counts_PE.shape[1]
+    home_load_P = case.at_home().sum(0).tolist()
+    moved, _ = plan_lla(load_E, home_load_P, case.config)
+    by_load = np.argsort(-load_E, kind="stable")
+    found, work = np.empty((load_E.size * len(home_load_P), 3), dtype=np.int64), np.empty((2, 8))
+    limit, fewest = case.config.max_foreign_experts, max(case.config.min_tokens_per_gemm, 1)
+    sizes = len(home_load_P), E
+    limits = fewest, E if limit is None else limit
+    plan_in_c = planner_cost.library().plan_lla
+    plan_in_c.argtypes = [*[INTEGER] * 2, *[POINTER] * 2, *[INTEGER] * 2, ctypes.c_double]
+    count = plan_in_c(
+        *(*sizes, load_E.ctypes.data, by_load.ctypes.data, *limits),
+        case.config.capacity_factor or 1.0,
+        *(POINTER(array.ctypes.data) for array in (found, work[0], work[1])),
+    )
+    assert found[:count].tolist() == [[*where, tokens] for where, tokens in moved.items()]
 
 
 def digest(seed) -> str:
     """Of many plans."""
     plans = [case.plan().tokens_EP.tobytes() for case in draw_cases(seed, 200)]
     return hashlib.sha256(b"".join(plans)).hexdigest()
+
+
+def test_threshold():
+    """From a load ratio of exactly 1.3 on, experts spill."""
+    counts_PE = np.array([[7000, 2000], [6000, 5000]])
+    for threshold in (1.3, np.nextafter(1.3, 2)):
+        config = config_of(imbalance_threshold=threshold, capacity_factor=None)
+        plan = Case(counts_PE, config, FREE_SPILLS, np.zeros(2, dtype=int)).plan()
+        assert plan.load_ratio_before == 1.3
+        assert plan.bypassed == (threshold > 1.3) == (not plan.spills)
 
 
 def test_another_process_makes_the_same_plans(seed):

@@ -181,7 +181,7 @@ def test_bundle_layout(seed):
     torch.manual_seed(seed)
     weights = [torch.randn(4, 6, 3), torch.randn(4, 3, 6), torch.randn(4, 6, 2)]
     layout = BundleLayout(tuple(weight.shape[1:] for weight in weights))
-    assert layout.numels == [18, 18, 12] and layout.numel == 48
+    assert layout.numels == (18, 18, 12) and layout.numel == 48
     bundles = torch.cat([weight.flatten(1) for weight in weights], dim=1)
     for view, weight in zip(layout.views(bundles), weights, strict=True):
         assert torch.equal(view, weight)

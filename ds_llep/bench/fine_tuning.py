@@ -1,8 +1,9 @@
 """Fine-tuning steps of a whole Hugging Face model on one rank, as AutoEP's and as llep's.
 
-One engine serves both modes, which differ in the class of its MoE layers. Its learning rate is 0:
-the optimizer does all of its work, and weights stay what they are, so that every mode runs the same
-steps and what they find can be compared. The price is that no loss falls here.
+One engine serves both modes, which differ in the class of its MoE layers. To be timed, its learning
+rate is 0: the optimizer does all of its work, and weights stay what they are, so that every mode
+runs the same steps and what they find can be compared. The price is that no loss falls there;
+`losses.py` trains.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ds_llep.bench.measure import (
     relative_error,
     reset_allocator,
 )
+from ds_llep.bench.random_model import MODELS, make_model
 from ds_llep.bench.ranks import device_name
 from ds_llep.bench.records import check_ep_size
 from ds_llep.bench.routing import force_routing
@@ -36,36 +38,6 @@ from ds_llep.bench.workloads import Draw, parse
 from ds_llep.config import LLEPConfig
 from ds_llep.workspace import Workspace
 
-MODELS = {  # by the name of the shape of its MoE layers: all the rest of it
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "vocab_size": 151936,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-    },
-    "gpt-oss-20b": {
-        "model_type": "gpt_oss",
-        "vocab_size": 201088,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    },
-    "tiny": {
-        "model_type": "qwen3_moe",
-        "vocab_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    },
-    "tiny-gpt-oss": {
-        "model_type": "gpt_oss",
-        "vocab_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    },
-}
 TRIALS = 3  # timed steps for each of AutoEP's variants
 COMPARED_LOGITS = 256  # positions of a sequence, the last ones
 # Rounding through all layers stays far below; a lost gradient or a wrong sum is far above.
@@ -117,12 +89,13 @@ class FineTuning:
     Args:
         settings: what to measure.
         device: this rank's.
+        lr: the learning rate.
 
     Raises:
         ValueError: settings that do not fit the ranks.
     """
 
-    def __init__(self, settings: ModelSettings, device: torch.device) -> None:
+    def __init__(self, settings: ModelSettings, device: torch.device, lr: float = 0.0) -> None:
         settings.check(dist.get_world_size())
         self.settings = settings
         self.ep_size = settings.ep_size or dist.get_world_size()
@@ -136,7 +109,7 @@ class FineTuning:
             settings.llep,
             self.dtype,
             settings.zero_stage,
-            lr=0.0,
+            lr=lr,
             fused=True,
         )
         modules = self.engine.module.modules()
@@ -154,9 +127,7 @@ class FineTuning:
         """
         balanced_ms = None
         for workload in self.settings.workloads:
-            batch = Batch(
-                workload, self.settings.shape, self.ep_size, self.settings.seed, self._like
-            )
+            batch = self.batch(workload)
             with mock.patch.object(fetch, "WORKSPACE", Workspace()):
                 errors = self._compare(batch, workload)
             records = [self._measure(batch, workload, mode) for mode in ("ep", "llep")]
@@ -171,20 +142,28 @@ class FineTuning:
                 record["ratio_to_balanced"] = record["step_ms"] / balanced_ms
             yield records
 
-    def _prepare(self, batch: Batch, step: int) -> None:
+    def batch(self, workload: str) -> Batch:
+        """What a workload routes on this rank."""
+        return Batch(workload, self.settings.shape, self.ep_size, self.settings.seed, self._like)
+
+    def prepare(self, batch: Batch, step: int) -> None:
+        """Let the next step be routed as that step of the batch."""
         for index, layer in enumerate(self.layers):
             force_routing(layer, batch.ids(step, index))
 
-    def _step(self) -> None:
-        self.engine.backward(self.engine(input_ids=self._ids_BS, labels=self._ids_BS).loss)
+    def step(self) -> torch.Tensor:
+        """A whole optimizer step; this rank's loss before it."""
+        loss = self.engine(input_ids=self._ids_BS, labels=self._ids_BS).loss
+        self.engine.backward(loss)
         self.engine.step()
+        return loss.detach()
 
     def _compare(self, batch: Batch, workload: str) -> dict[str, float]:
         """One step in each mode; the relative differences between them."""
         found = {}
         for mode in ("ep", "llep"):
             switch(self.layers, mode)
-            self._prepare(batch, 0)
+            self.prepare(batch, 0)
             output = self.engine(input_ids=self._ids_BS, labels=self._ids_BS)
             self.engine.backward(output.loss)
             # The gradients that have come through every layer.
@@ -213,7 +192,7 @@ class FineTuning:
         window = active_on(engine).statistics.open_window()
 
         def prepare(step: int) -> None:
-            self._prepare(batch, step)
+            self.prepare(batch, step)
             if step == WARM_UPS:
                 window.take()
 
@@ -227,12 +206,30 @@ class FineTuning:
                 variant = choices[0]
                 set_variant(self.layers, variant)
             reset_allocator()
-            step_ms = milliseconds(self._step, settings.repeats, prepare)
+            step_ms = milliseconds(self.step, settings.repeats, prepare)
             peaks = allocator_peaks()
         did = window.take()
         tokens = dist.get_world_size() * settings.shape.tokens
         return {
             "kind": "model",
+            **self.describe(workload, mode),
+            "repeats": settings.repeats,
+            "autoep": variant,
+            "errors": None,
+            "step_ms": step_ms,
+            "tokens_per_second": 1e3 * tokens / step_ms,
+            **peaks,
+            "load_ratio_before": did.get("load_ratio_before_mean"),
+            "load_ratio_after": did.get("load_ratio_after_mean"),
+            "spilled_token_share": did.get("spilled_token_share"),
+            "foreign_experts": did.get("foreign_experts"),
+            "fetched_bytes": did.get("fetched_bytes"),
+        }
+
+    def describe(self, workload: str, mode: str) -> dict:
+        """What a record says of its run."""
+        settings = self.settings
+        return {
             "shape": settings.shape_name,
             **asdict(settings.shape),
             "layers": settings.layers,
@@ -246,52 +243,9 @@ class FineTuning:
             "workload": workload,
             "mode": mode,
             "seed": settings.seed,
-            "repeats": settings.repeats,
             "llep": settings.llep.model_dump(mode="json") if mode == "llep" else None,
-            "autoep": variant,
-            "errors": None,
-            "step_ms": step_ms,
-            "tokens_per_second": 1e3 * tokens / step_ms,
-            **peaks,
-            "load_ratio_before": did.get("load_ratio_before_mean"),
-            "load_ratio_after": did.get("load_ratio_after_mean"),
-            "spilled_token_share": did.get("spilled_token_share"),
-            "foreign_experts": did.get("foreign_experts"),
-            "fetched_bytes": did.get("fetched_bytes"),
         }
 
     def _time_variant(self, variant: dict, prepare) -> float:
         set_variant(self.layers, variant)
-        return milliseconds(self._step, TRIALS, prepare)
-
-
-def make_model(
-    settings: ModelSettings, dtype: torch.dtype, device: torch.device
-) -> torch.nn.Module:
-    """A model in training mode, its random weights the same on every rank, made on the device.
-
-    Every rank holds all experts until AutoEP shards them.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape, model = settings.shape, MODELS[settings.shape_name]
-    if model["model_type"] == "gpt_oss":
-        experts = {"intermediate_size": shape.ffn_size, "num_local_experts": shape.num_experts}
-    else:
-        experts = {"moe_intermediate_size": shape.ffn_size, "num_experts": shape.num_experts}
-        experts["norm_topk_prob"] = True
-    config = AutoConfig.for_model(
-        **model,
-        **experts,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_experts_per_tok=shape.top_k,
-        max_position_embeddings=settings.seq_len,
-        use_cache=False,
-    )
-    torch.manual_seed(settings.seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if settings.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+        return milliseconds(self.step, TRIALS, prepare)

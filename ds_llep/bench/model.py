@@ -9,7 +9,8 @@ second of all ranks together. What every MoE layer's router chooses is the workl
 choice in every layer and step, the same for both modes; "balanced" is always measured first, as the
 reference. Before a workload is timed, logits and the gradients of the first MoE layer's experts of
 both modes are compared. Where they differ by more than rounding, there is no time and the exit code
-is 1.
+is 1. With --train there are no times: both modes train from the same weights, and their losses and
+peaks are shown.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from importlib.util import find_spec
 
 import torch
 
-from ds_llep.bench import output, ranks
-from ds_llep.bench.fine_tuning import MODELS, FineTuning, ModelSettings
+from ds_llep.bench import losses, output, ranks
+from ds_llep.bench.fine_tuning import FineTuning, ModelSettings
+from ds_llep.bench.random_model import MODELS
 from ds_llep.bench.records import read_section
 from ds_llep.bench.session import WrongResults
 from ds_llep.bench.shapes import preset
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zero-stage", type=int, default=1, choices=range(4), help="default: 1")
     add("--checkpointing", action="store_true", help="of activations, layer by layer")
     add("--repeats", type=int, default=10, help="timed steps (default: 10)")
+    add("--train", type=int, metavar="N", help="in place of times: losses of the first N steps")
     add("--seed", type=int, default=0)
     add("--llep", default="{}", metavar="JSON", help='the "llep" section, as in a DeepSpeed JSON')
     add("--json", metavar="FILE", help="append a line for each result, workload by workload")
@@ -68,12 +71,16 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, settings: ModelSettings, device: torch.device) -> int:
     """All workloads on this rank; the exit code."""
-    fine_tuning = FineTuning(settings, device)
+    if args.train:
+        fine_tuning, measured = None, losses.train(settings, device, args.train)
+    else:
+        fine_tuning = FineTuning(settings, device)
+        measured = fine_tuning.run()
     command = " ".join(["ds-llep", *sys.argv[1:]])
     about = {"versions": output.versions(), "commit": output.commit(), "command": command}
     found, failed = [], 0
     try:
-        for records in fine_tuning.run():
+        for records in measured:
             found += records
             if ranks.is_first():  # at once: the next workload may need more memory than there is
                 records = [{**record, **about} for record in records]
@@ -83,9 +90,14 @@ def measure(args: argparse.Namespace, settings: ModelSettings, device: torch.dev
             print(f"ds-llep model: {error}", file=sys.stderr)
         failed = 1
     finally:
-        fine_tuning.engine.destroy()
+        if fine_tuning is not None:
+            fine_tuning.engine.destroy()
     if found and ranks.is_first():
-        show(settings, found)
+        title = describe(settings, found[0])
+        if args.train:
+            losses.show(f"{title}; {args.train} steps at {losses.LEARNING_RATE:g}", found)
+        else:
+            show(f"{title}; median of {settings.repeats} steps, slowest rank", found)
     return failed
 
 
@@ -99,7 +111,10 @@ def read_settings(args: argparse.Namespace) -> ModelSettings:
     if args.tokens is not None:
         shape = replace(shape, tokens=args.tokens)
     seq_len = min(4096, shape.tokens) if args.seq_len is None else args.seq_len
-    for name, value in (("layers", args.layers), ("repeats", args.repeats), ("seq-len", seq_len)):
+    numbers = {"layers": args.layers, "repeats": args.repeats, "seq-len": seq_len}
+    if args.train is not None:
+        numbers["train"] = args.train
+    for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"--{name} {value}; valid is 1 or more")
     if shape.tokens % seq_len:
@@ -113,13 +128,15 @@ def read_settings(args: argparse.Namespace) -> ModelSettings:
             '--llep: "weight_source": "shards" needs the shards of ZeRO-3, and --zero-stage is '
             f"{args.zero_stage}; valid there are auto and owner"
         )
-    others = [name for name in args.workloads.split(",") if name != "balanced"]
+    workloads = args.workloads.split(",")
+    if not args.train:  # times are compared with those of balanced routing
+        workloads = ["balanced", *(name for name in workloads if name != "balanced")]
     return ModelSettings(
         shape=shape,
         shape_name=args.shape,
         layers=args.layers,
         seq_len=seq_len,
-        workloads=["balanced", *others],
+        workloads=workloads,
         ep_size=args.ep_size,
         zero_stage=args.zero_stage,
         checkpointing=args.checkpointing,
@@ -129,15 +146,18 @@ def read_settings(args: argparse.Namespace) -> ModelSettings:
     )
 
 
-def show(settings: ModelSettings, records: list[dict]) -> None:
-    """The results as a table."""
-    first = records[0]
-    title = (
+def describe(settings: ModelSettings, first: dict) -> str:
+    """What all results have in common, of which one is ``first``."""
+    return (
         f"{settings.shape_name}, {settings.layers} layer(s): {settings.shape.tokens} tokens a "
         f"rank, sequences of {settings.seq_len}; EP {first['ep_size']} of {first['ranks']} ranks, "
         f"ZeRO-{settings.zero_stage}, checkpointing {'on' if settings.checkpointing else 'off'}, "
-        f"{first['dtype']}, {first['device']}; median of {settings.repeats} steps, slowest rank"
+        f"{first['dtype']}, {first['device']}"
     )
+
+
+def show(title: str, records: list[dict]) -> None:
+    """The results as a table."""
     columns = ["workload", "mode", "load ratio", "step ms", "tokens/s", "speed-up", "/ balanced"]
     columns += ["allocated GB", "reserved GB"]
     rows = []

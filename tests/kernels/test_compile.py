@@ -23,7 +23,8 @@ NO_COMPILER = 77
 def test_all_kernels_compile(tmp_path):
     # The variable counts when our kernels are decorated: at their first import.
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    path = str(ROOT), *filter(None, [environment.get("PYTHONPATH")])
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-W", "ignore", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode == NO_COMPILER:
@@ -56,10 +57,11 @@ def main() -> None:
     except RuntimeError as error:
         print(f"Triton {triton.__version__} has no compiler for NVIDIA GPUs here: {error}")
         sys.exit(NO_COMPILER)
-    from ds_llep.kernels import bias, counts, planner, routes, rows, swiglu
+    from ds_llep.kernels import bias, counts, parcels, planner, routes, rows, swiglu
     from ds_llep.kernels.tables import HiddenBias
 
     pointers = {
+        torch.float64: "*fp64",
         torch.float32: "*fp32",
         torch.bfloat16: "*bf16",
         torch.int64: "*i64",
@@ -101,17 +103,20 @@ def main() -> None:
 
     def launch_all(T: int, K: int, E: int, P: int, D: int, N: int) -> None:
         ids, scores = empty(T, K, dtype=torch.int64), empty(T, K, dtype=torch.float32)
-        counts.count_copies(ids, scores, E, P, empty(2 * E + P + 4, dtype=torch.int64))
+        _, blocks = counts.count_copies(ids, scores, E, P, 1)
+        counts.count_copies(ids, scores.double(), E, P, 1)
         plan = empty(P, E, dtype=torch.int64), empty(E, P, dtype=torch.int64)
         runs = routes.find_runs(*plan, 0)
-        _, sent, target, parcels = routes.address_copies(ids, empty(T, K), runs, 0)
-        routes.place_parcels(sent, parcels, empty(P))
+        _, sent, target, number = routes.address_copies(ids, blocks, runs, 0)
+        parcels.place_parcels(sent, number, empty(P))
         labels = empty(9, K), empty(9, K, dtype=torch.float32)
-        routes.label_parcels(sent, target, scores, *labels)
+        parcels.label_parcels(sent, target, scores, *labels)
         bf16 = {"dtype": torch.bfloat16}
         x, row, values = empty(T, D, **bf16), empty(N, D, **bf16), empty(N, dtype=torch.float32)
         rows.scatter_rows(x, sent, row, scores, values)
         rows.scatter_rows(x, sent, row)
+        rows.gather_values(values, sent, out_UK=scores)
+        rows.gather_values(values, sent, scores, sent, out_UK=scores.bfloat16())
         rows.sum_rows(row, row, sent, row, sent)
         rows.sum_rows(row, row[:0], sent)
         hidden, clamp = HiddenBias(row[:P], row[:P], empty(P)), (1.7, 7.0)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from plans import CHEAP_SPILLS, draw_nodes, shares
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep import dispatch as dispatch_room
-from ds_llep.dispatch import DispatchBackward, combine, dispatch
-from ds_llep.kernels import routes
+from ds_llep.dispatch import combine, crossings, dispatch
+from ds_llep.kernels import counts
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
-from ds_llep.route import Addresses, find_runs, make_route, sort_copies
+from ds_llep.route import Addresses, find_runs, make_route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TWIN, TRITON = (select_kernels(name, DEVICE) for name in ("torch", "triton"))
@@ -154,14 +155,17 @@ def address(ids, plan: Plan, rank: int, kernels) -> Addresses:
         counts_PE = torch.from_numpy(np.pad(plan.counts_PE, ((0, 0), (0, 3)))).to(DEVICE)[:, :-3]
         tokens_EP = torch.tensor(plan.tokens_EP, device=DEVICE)
         runs_2EP = kernels.find_runs(counts_PE, tokens_EP, rank)
-    position_TK = sort_copies(selected_TK)
-    return Addresses(*kernels.address_copies(selected_TK, position_TK, runs_2EP, rank))
+    scores_TK = torch.zeros(selected_TK.shape, device=DEVICE)
+    _, blocks = kernels.count_copies(selected_TK, scores_TK, plan.num_experts, plan.num_ranks, 0)
+    return Addresses(*kernels.address_copies(selected_TK, blocks, runs_2EP, rank))
 
 
 def route_of(ids, plan: Plan, rank: int, kernels, group=None):
     """A rank's route and maps."""
-    addresses = address(ids, plan, rank, kernels)
-    return make_route(addresses, *reached_of(ids, plan), plan, rank, group, kernels)
+    top_k = ids[rank].shape[1]
+    route = make_route(*reached_of(ids, plan), plan, rank, group, kernels, top_k)
+    first_P = torch.from_numpy(route.first_P).to(DEVICE)
+    return route, address(ids, plan, rank, kernels).place(first_P, kernels)
 
 
 def check_splits(ids, plan: Plan, made, goes) -> None:
@@ -192,9 +196,8 @@ def check_splits(ids, plan: Plan, made, goes) -> None:
 @pytest.fixture(scope="module")
 def small_blocks():
     """So that a few tokens are several blocks."""
-    tokens, routes._TOKENS = routes._TOKENS, 8
-    yield
-    routes._TOKENS = tokens
+    with mock.patch.object(counts, "TOKENS", 8):
+        yield
 
 
 def check_maps(maps, route, goes, rank: int) -> None:
@@ -226,12 +229,14 @@ def test_triton_makes_the_same_maps(small_blocks, routing, rank):
     assert route == replace(same_route, kernels=TRITON)
 
 
-# P, M, K, T, tokens of a block: the real block, partly filled; and more blocks than are added up
-# at once.
-@pytest.mark.parametrize("size", [(2, 2, 2, 300, 128), (3, 1, 1, 540, 8)], ids=str)
+# P, M, K, T, tokens of a block: the real block, partly filled; more blocks than are added up at
+# once; more experts than fit into few registers.
+@pytest.mark.parametrize(
+    "size", [(2, 2, 2, 300, 128), (3, 1, 1, 540, 8), (2, 150, 3, 200, 128)], ids=str
+)
 def test_several_blocks(size, kernels, monkeypatch, seed):
     P, M, K, T, block = size
-    monkeypatch.setattr(routes, "_TOKENS", block)
+    monkeypatch.setattr(counts, "TOKENS", block)
     ids = draw_ids(P, P * M, K, [T, 40, T], 3.0, False, seed)[:P]
     plan = lla(ids, P * M)
     assert plan.spills
@@ -355,26 +360,32 @@ class Member:
 
 
 class Experts(torch.autograd.Function):
-    """Rows times their expert's number and their score; may start dispatch's backward early."""
+    """Rows times their expert's number and their score; may start what departs early."""
 
     @staticmethod
-    def forward(ctx, home_ND, foreign_ND, scores_N, arrived_UK, number_N, backward):
+    def forward(ctx, home_ND, foreign_ND, scores_N, arrived_UK, number_N, ends, early):
+        ends.tokens.finish()
         ctx.save_for_backward(home_ND, foreign_ND, scores_N, arrived_UK, number_N)
-        ctx.backward = backward
+        ctx.settings = ends, early
         factor_N = (number_N * scores_N).to(home_ND.dtype).unsqueeze(1)
         split = len(home_ND)
-        return home_ND * factor_N[:split], foreign_ND * factor_N[split:]
+        outs = home_ND * factor_N[:split], foreign_ND * factor_N[split:]
+        if early:
+            ends.results.start(*outs, arrived_UK)
+        return outs
 
     @staticmethod
     def backward(ctx, *grads):
         *rows, scores_N, arrived_UK, number_N = ctx.saved_tensors
+        ends, early = ctx.settings
+        ends.gradients.finish()
         split, dtype = len(rows[0]), rows[0].dtype
         factor_N = (number_N * scores_N).to(dtype).unsqueeze(1)
         grad_scores = number_N * (torch.cat(rows) * torch.cat(grads)).to(scores_N.dtype).sum(1)
         grads = grads[0] * factor_N[:split], grads[1] * factor_N[split:], grad_scores
-        if ctx.backward is not None:
-            ctx.backward.start(*grads, arrived_UK)
-        return *grads, None, None, None
+        if early:
+            ends.token_gradients.start(*grads, arrived_UK)
+        return *grads, *[None] * 4
 
 
 # P, M, K, plan, dtype of tokens and scores, tokens of each rank.
@@ -418,13 +429,13 @@ def test_dispatch_and_combine(case, early, kernels, small_blocks, monkeypatch, d
     def layer(member: Member):
         rank = member.rank
         route, maps = route_of(ids, plan, rank, kernels, member)
-        backward = DispatchBackward(route)
-        dispatched = dispatch(x[rank], scores[rank], route, maps, backward)
+        ends = crossings(route)
+        dispatched = dispatch(x[rank], scores[rank], route, maps, ends)
         slots = torch.tensor(plan.slots(rank), device=DEVICE)
         counts = torch.tensor(route.rows_per_slot, device=DEVICE)
         number_N = numbers_E[slots.repeat_interleave(counts)]
-        outs = Experts.apply(*dispatched, number_N, backward if early else None)
-        y_TD = combine(*outs, dispatched.arrived_UK, route, maps)
+        outs = Experts.apply(*dispatched, number_N, ends, early)
+        y_TD = combine(*outs, dispatched.arrived_UK, route, maps, ends)
         y_TD.backward(grad[rank].detach())
         return dispatched, y_TD
 

@@ -1,5 +1,6 @@
 """Row movement against loops over rows in fp64, and by its own identities."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -193,6 +194,33 @@ def test_sum_undoes_scatter(size, dtype, draw, kernels):
     y_UD = kernels.sum_rows(rows_ND[: U * K // 2], rows_ND[U * K // 2 : -1], target_UK)
     rtol = 1e-6 if dtype == torch.float32 else 0
     torch.testing.assert_close(y_UD, (x_UD.double() * K).to(dtype), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64,) * 2],
+    ids=str,
+)
+@pytest.mark.parametrize("parcels", [False, True], ids=["rows", "parcels"])
+@pytest.mark.parametrize("size", [(0, 3, 4), (5, 2, 0), (7, 3, 9), (400, 3, 50)], ids=str)
+def test_gather_values(size, parcels, dtypes, draw, kernels):
+    (U, K, N), (values_dtype, out_dtype) = size, dtypes
+    values_N, source_UK = draw.normal(N, dtype=values_dtype), draw_sources(draw, U, K, N)
+    expected_UK = values_N.new_zeros(U, K)
+    for (u, k), n in zip(np.ndindex(U, K), source_UK.flatten().tolist(), strict=True):
+        expected_UK[u, k] = values_N[n] if n >= 0 else 0.0
+    inputs = values_N, source_UK
+    if parcels:
+        parcels_VK = draw.normal(N, K + 3, dtype=values_dtype)[:, 1 : K + 1]
+        place_UK = draw.index(U, K, high=N + 1) - 1
+        sent_UK = torch.where(draw.index(U, K, high=2) == 0, place_UK, -place_UK - 2).int()
+        for (u, k), v in zip(np.ndindex(U, K), place_UK.flatten().tolist(), strict=True):
+            expected_UK[u, k] += parcels_VK[v, k] if v >= 0 else 0.0
+        inputs += parcels_VK, sent_UK
+    out = torch.full((U, K + 2), 3.0, dtype=out_dtype, device=draw.device)
+    kernels.gather_values(*inputs, out_UK=out[:, 1:-1])
+    assert torch.equal(out[:, 1:-1], expected_UK.to(out_dtype))
+    assert (out[:, 0] == 3).all() and (out[:, -1] == 3).all()
 
 
 def test_any_layout_of_what_is_read(layout, dtype, draw, kernels):

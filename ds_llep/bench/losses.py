@@ -1,0 +1,71 @@
+"""A whole model's first steps, trained as AutoEP's and as llep's from the same weights.
+
+Rounding differs between the two, and every step builds on the last one's: losses agree as far as
+two runs of one mode on other kernels would. So no bound is set here, and the largest difference is
+shown instead; that single steps are right is what timed ones are checked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+import deepspeed.comm as dist
+import torch
+
+from ds_llep import fetch
+from ds_llep.bench import output
+from ds_llep.bench.fine_tuning import FineTuning, ModelSettings
+from ds_llep.bench.measure import allocator_peaks, reset_allocator
+from ds_llep.bench.stack import switch
+from ds_llep.workspace import Workspace
+
+LEARNING_RATE = 1e-4
+
+
+def train(settings: ModelSettings, device: torch.device, steps: int) -> Iterator[list[dict]]:
+    """Each workload's records as soon as there are, of ``"ep"`` and of ``"llep"``.
+
+    All ranks call. Every step trains on the same tokens, and is routed anew.
+    """
+    for workload in settings.workloads:
+        yield [_train(settings, device, steps, workload, mode) for mode in ("ep", "llep")]
+
+
+def _train(
+    settings: ModelSettings, device: torch.device, steps: int, workload: str, mode: str
+) -> dict:
+    fine_tuning = FineTuning(settings, device, LEARNING_RATE)
+    batch, losses = fine_tuning.batch(workload), []
+    switch(fine_tuning.layers, mode)
+    reset_allocator()
+    with mock.patch.object(fetch, "WORKSPACE", Workspace()):
+        for step in range(steps):
+            fine_tuning.prepare(batch, step)
+            loss = fine_tuning.step().double()
+            dist.all_reduce(loss)
+            losses.append(loss.item() / dist.get_world_size())
+        peaks = allocator_peaks()
+    fine_tuning.engine.destroy()
+    return {
+        "kind": "losses",
+        **fine_tuning.describe(workload, mode),
+        "learning_rate": LEARNING_RATE,
+        "losses": losses,
+        **peaks,
+    }
+
+
+def show(title: str, records: list[dict]) -> None:
+    """The losses of some steps, side by side, and the largest difference of all."""
+    columns = ["workload", "step", "loss with AutoEP", "with llep", "difference"]
+    rows = []
+    for ep, llep in zip(records[::2], records[1::2], strict=True):
+        pairs = list(zip(ep["losses"], llep["losses"], strict=True))
+        shown = {0, len(pairs) // 4, len(pairs) // 2, 3 * len(pairs) // 4, len(pairs) - 1}
+        lines = [(str(step + 1), *pairs[step]) for step in sorted(shown)]
+        worst = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
+        for step, first, second in (*lines, ("largest difference", *worst)):
+            numbers = f"{first:.5f}", f"{second:.5f}", f"{second - first:+.1e}"
+            rows.append([ep["workload"], step, *numbers])
+    output.table(title, columns, rows)
