@@ -67,9 +67,7 @@ class GatedMLPs:
         return cls(w1, w2, w3, counts, activation, HiddenBias(gate, up, stop_G), out)
 
     def in_parts(self, rows_ND: torch.Tensor) -> bool:
-        """Whether the steps below take a part of the rows."""
-        if self.out_bias_GD is not None:  # which is added to all rows at once
-            return False
+        """Whether products take a part of the rows."""
         return self.activation.kernels.in_parts(rows_ND, self.w1, self.w2, self.w3)
 
     def gate_up(
