@@ -34,6 +34,7 @@ from ds_llep.timeline import part
 
 Fields = tuple[tuple[int, torch.dtype], ...]
 """What is in a parcel: elements and dtype, one after the other."""
+_HEAD_START = 20_000  # cycles, ten microseconds
 _ALIGNMENT = 16  # bytes that a thread of a GPU moves at once
 
 
@@ -187,6 +188,7 @@ def _send_results(
     with part("rows"):
         sums_UD = route.kernels.sum_rows(out_home, out_foreign, arrived_UK)
     arriving = _all_to_all(sums_UD, route.recv_splits, route.send_splits, route)
+    _give_way(sums_UD)
     return lambda: [arriving()]
 
 
@@ -205,7 +207,18 @@ def _send_gradients(
         route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
         route.kernels.gather_values(grad_scores_N, arrived_UK, out_UK=values_UK)
     arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
+    _give_way(sent)
     return lambda: _open(arriving(), fields)
+
+
+def _give_way(parcels: torch.Tensor) -> None:
+    """Let the all-to-all of these begin before a product takes all multiprocessors.
+
+    It starts on another stream, some microseconds after what comes next on this one would, and then
+    only when a whole product has ended.
+    """
+    if parcels.is_cuda:
+        torch.cuda._sleep(_HEAD_START)
 
 
 def _new_parcels(count: int, fields: Fields, like: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,9 @@ from ds_llep.returns import GradientReturn
 from ds_llep.route import Route
 from ds_llep.timeline import part
 
+_MEMORY_PER_LINK = 14
+"""How many times as fast as a link memory is; on two H200, 4800 and 340 GB/s."""
+
 
 class LLEPGroupedExperts(GroupedExperts):
     """AutoEP's grouped experts, same parameters, that also compute foreign experts.
@@ -122,11 +125,19 @@ class ExpertJob:
     def foreign_counts(self) -> list[int]:
         return self.route.rows_per_slot[self.route.plan.experts_per_rank :]
 
-    def parts(self, home: GatedMLPs, rows_ND: torch.Tensor) -> tuple[Part | None, Part | None]:
-        """Own rows and others, where products take a part of the rows; else None, and None: all."""
-        if len(rows_ND) == 0 or not home.in_parts(rows_ND):
+    def parts(
+        self, home: GatedMLPs, rows_ND: torch.Tensor, *weights: torch.Tensor
+    ) -> tuple[Part | None, Part | None]:
+        """Own rows and others, where a product in two parts is worth it; else None, and None: all.
+
+        The second part reads the weights once more, which may take longer than the transfer. A
+        rank decides for itself: it begins and ends its transfers in the same order either way.
+        """
+        crossing = sum(self.route.recv_splits) * rows_ND.shape[1]
+        again = sum(weight.numel() for weight in weights)
+        if again > _MEMORY_PER_LINK * crossing or not home.in_parts(rows_ND):
             return None, None
-        start_M, stop_M = self.route.own_rows()
+        start_M, stop_M = self.route.own_rows
         return Part(start_M, stop_M, inside=True), Part(start_M, stop_M, inside=False)
 
 
@@ -138,7 +149,7 @@ class _ExpertMLP(torch.autograd.Function):
             home = mlps(_in_dtype_of(home_rows, *weights), job.home_counts)
             with part("fetch"):
                 job.foreign.start()
-            own, others = job.parts(home, home_rows)
+            own, others = job.parts(home, home_rows, home.w1, home.w3)
             hidden_home = None, None
             with part("home experts"):
                 if own:
@@ -156,6 +167,9 @@ class _ExpertMLP(torch.autograd.Function):
                 act_foreign = foreign.activate(*hidden_foreign, scores_foreign)
                 out_foreign = foreign.down(act_foreign, scores_foreign)
                 del act_foreign
+            own, others = None, None
+            if home.out_bias_GD is None and home.down_factors is None:
+                own, others = job.parts(home, home_rows, home.w2)
             with part("home experts"):
                 out_home = home.down(act_home, scores_home, others)
             with part("combine"):
@@ -193,7 +207,7 @@ class _ExpertMLP(torch.autograd.Function):
             if bundles is None:
                 with part("fetch backward"):
                     job.foreign.start()
-            own, others = job.parts(home, home_rows)
+            own, others = job.parts(home, home_rows, home.w2)
             grad_act = None
             with part("home experts backward"):
                 if own:

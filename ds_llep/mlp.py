@@ -99,9 +99,7 @@ class GatedMLPs:
         return cls(w1, w2, w3, counts, activation, *biases, **factors)
 
     def in_parts(self, rows_ND: torch.Tensor) -> bool:
-        """Whether the steps below take a part of the rows."""
-        if self.out_bias_GD is not None or self.gate_up_factors or self.down_factors:
-            return False  # these are added to all rows at once
+        """Whether products take a part of the rows."""
         return self.activation.kernels.in_parts(rows_ND, self.w1, self.w2, self.w3)
 
     def gate_up(
@@ -110,10 +108,13 @@ class GatedMLPs:
         part: Part | None = None,
         out: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What backward needs: gate and up, without their biases."""
+        """What backward needs: gate and up, without their biases.
+
+        Of two parts the one outside is the last.
+        """
         kernels = self.activation.kernels
         hidden = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts, part, out)
-        if self.gate_up_factors is not None:
+        if self.gate_up_factors is not None and _is_last(part):
             self.gate_up_factors.add_to(hidden, rows_ND)
         return hidden
 
@@ -130,7 +131,7 @@ class GatedMLPs:
         part: Part | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The output."""
+        """The output; biases and factors, where there are some, add to all rows at once."""
         kernels = self.activation.kernels
         out_ND = kernels.product(act_NF, self.w2, self.counts, part=part, out=out)
         if self.down_factors is not None:
@@ -142,11 +143,14 @@ class GatedMLPs:
     def down_backward(
         self, grad_ND: torch.Tensor, part: Part | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The gradient of what :meth:`activate` returned."""
+        """The gradient of what :meth:`activate` returned.
+
+        Of two parts the one outside is the last.
+        """
         kernels = self.activation.kernels
         arguments = {"transpose": False, "part": part, "out": out}
         grad_NF = kernels.product(grad_ND, self.w2, self.counts, **arguments)
-        if self.down_factors is not None:
+        if self.down_factors is not None and _is_last(part):
             self.down_factors.add_row_gradient(grad_NF, self.down_factors.project_back((grad_ND,)))
         return grad_NF
 
@@ -245,3 +249,7 @@ class GatedMLPs:
         kernels.gradient_of_weights(grad_NF, rows_ND, counts, matrix, beside)
         bias.copy_(kernels.gradient_of_bias(grad_NF, counts, weight_N))
         return out
+
+
+def _is_last(part: Part | None) -> bool:
+    return part is None or not part.inside

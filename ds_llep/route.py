@@ -15,6 +15,7 @@ Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``E`` experts, ``P`` ra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import deepspeed.comm as dist
@@ -57,6 +58,7 @@ class Route:
     group: dist.ProcessGroup | None
     kernels: KernelSet
 
+    @cached_property
     def own_rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where, among the rows of each home expert, this rank's own tokens start and end."""
         M = self.plan.experts_per_rank

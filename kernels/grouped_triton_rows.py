@@ -158,7 +158,7 @@ def row_tiles(
 ) -> torch.Tensor:
     """Group, first row and the group's end for each tile of `block` rows, int32 [tiles, 3]."""
     # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
-    counts_G = np.array(counts)
+    counts_G = np.array(counts, dtype=np.int64)
     stops_G = counts_G.cumsum()
     tiles_G = (counts_G + (block - 1)) // block
     group = np.repeat(np.arange(len(counts)), tiles_G)

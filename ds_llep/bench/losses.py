@@ -7,11 +7,13 @@ shown instead; that single steps are right is what timed ones are checked for.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from unittest import mock
 
 import deepspeed.comm as dist
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ds_llep import fetch
 from ds_llep.bench import output
@@ -35,6 +37,8 @@ def train(settings: ModelSettings, device: torch.device, steps: int) -> Iterator
 def _train(
     settings: ModelSettings, device: torch.device, steps: int, workload: str, mode: str
 ) -> dict:
+    gc.collect()  # what an engine before held is in cycles, and there may be no room for two
+    get_accelerator().empty_cache()
     fine_tuning = FineTuning(settings, device, LEARNING_RATE)
     batch, losses = fine_tuning.batch(workload), []
     switch(fine_tuning.layers, mode)
