@@ -6,8 +6,6 @@ all-to-all with the splits swapped, and a token's sum over its own rows and its 
 goes there in forward and back in backward, combine the other way round, so one route serves all
 four and every rank issues exactly one all-to-all for each, whatever the plan says.
 
-The experts choose one end of each, so that rows travel beside products (crossings.py).
-
 Sums run in fp32 and are rounded once where they are made: on the rank that computed the rows and
 once more on the token's own.
 
@@ -21,14 +19,12 @@ parcels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
 import deepspeed.comm as dist
 import torch
 
-from ds_llep.crossings import Arrival, Crossings, Departure
 from ds_llep.route import Route, RouteMaps
 from ds_llep.timeline import part
 
@@ -51,15 +47,48 @@ class Dispatched(NamedTuple):
     """int32 on the device: the row of each copy in each parcel that arrived, else -1."""
 
 
-def crossings(route: Route) -> Crossings:
-    """The ends of a layer's and micro-batch's all-to-alls that are the experts' to choose.
+class DispatchBackward:
+    """Dispatch's backward of one layer and micro-batch, up to the all-to-all.
 
-    What departs are, in forward, ``(out_home, out_foreign, arrived_UK)``, to arrive as the list of
-    sums ``[U, D]``; in backward ``(grad_home, grad_foreign, grad_scores_N, arrived_UK)``, to arrive
-    as sums and score gradients ``[U, K]`` of this rank's tokens.
+    Who has the rows' gradients may start it early, so that they travel while the gradients of the
+    weights are computed; dispatch itself does so otherwise.
     """
-    results = Departure(partial(_send_results, route))
-    return Crossings(Arrival(), results, Arrival(), Departure(partial(_send_gradients, route)))
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._arriving: Callable[[], torch.Tensor] | None = None
+
+    def start(
+        self,
+        grad_home: torch.Tensor,
+        grad_foreign: torch.Tensor,
+        grad_scores_N: torch.Tensor,
+        arrived_UK: torch.Tensor,
+    ) -> None:
+        """Sum gradients over the copies of each parcel and start to send them back."""
+        route = self._route
+        fields = _gradient_fields(grad_home, grad_scores_N, arrived_UK)
+        with part("rows"):
+            sent = _new_parcels(len(arrived_UK), fields, grad_home)
+            sums_UD, values_UK = _open(sent, fields)
+            route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
+            route.kernels.gather_values(grad_scores_N, arrived_UK, out_UK=values_UK)
+        self._arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
+        if sent.is_cuda:
+            # It starts on another stream, some microseconds after a product that follows on this
+            # one would take all multiprocessors, and would then wait until that has ended.
+            torch.cuda._sleep(_HEAD_START)
+
+    def finish(self, *gradients: torch.Tensor) -> list[torch.Tensor]:
+        """Sums ``[U, D]`` and score gradients ``[U, K]``, of this rank's tokens elsewhere.
+
+        ``gradients`` are those of :meth:`start`, which is called now if it was not before.
+        """
+        if self._arriving is None:
+            self.start(*gradients)
+        arriving, self._arriving = self._arriving, None
+        grad_home, _, grad_scores_N, arrived_UK = gradients
+        return _open(arriving(), _gradient_fields(grad_home, grad_scores_N, arrived_UK))
 
 
 def dispatch(
@@ -67,14 +96,13 @@ def dispatch(
     scores_TK: torch.Tensor,
     route: Route,
     maps: RouteMaps,
-    crossings: Crossings,
+    backward: DispatchBackward,
 ) -> Dispatched:
     """Send each token ``[T, D]`` and its scores to the ranks that compute it.
 
-    Differentiable in both. Only this rank's own rows are in place before ``crossings.tokens`` is
-    finished.
+    Differentiable in both.
     """
-    return Dispatched(*_Dispatch.apply(x_TD, scores_TK, route, crossings, *maps))
+    return Dispatched(*_Dispatch.apply(x_TD, scores_TK, route, backward, *maps))
 
 
 def combine(
@@ -83,21 +111,18 @@ def combine(
     arrived_UK: torch.Tensor,
     route: Route,
     maps: RouteMaps,
-    crossings: Crossings,
 ) -> torch.Tensor:
     """Send results home and sum them over K; ``[T, D]``.
 
     ``out_home`` and ``out_foreign`` have the shapes that :func:`dispatch` returned. Differentiable
-    in both. In backward, only this rank's own rows of the gradients are in place before
-    ``crossings.gradients`` is finished.
+    in both.
     """
-    own_TK, sent_TK, _ = maps
-    return _Combine.apply(out_home, out_foreign, arrived_UK, own_TK, sent_TK, route, crossings)
+    return _Combine.apply(out_home, out_foreign, arrived_UK, maps.own_TK, maps.sent_TK, route)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, scores_TK, route, crossings, own_TK, sent_TK, target_TK):
+    def forward(ctx, x_TD, scores_TK, route, backward, own_TK, sent_TK, target_TK):
         kernels = route.kernels
         with part("dispatch"):
             hidden, top_k = x_TD.shape[1], scores_TK.shape[1]
@@ -113,19 +138,12 @@ class _Dispatch(torch.autograd.Function):
                 rows_ND = x_TD.new_empty((route.num_rows + 1, hidden))
                 scores_N = scores_TK.new_empty(route.num_rows + 1, dtype=score_dtype)
                 kernels.scatter_rows(x_TD, own_TK, rows_ND, scores_TK, scores_N)
-            arrived_UK = own_TK.new_empty((sum(route.recv_splits), top_k))
-            # Autograd, which counts what is written to its tensors, knows of no writing later on.
-            index_UK, *rows = arrived_UK.data, rows_ND.data, scores_N.data
-
-            def rest() -> None:
-                tokens_UD, values_UK, targets_UK = _open(arriving(), fields)
-                with part("rows"):
-                    index_UK.copy_(targets_UK)
-                    kernels.scatter_rows(tokens_UD, index_UK, rows[0], values_UK, rows[1])
-
-            crossings.tokens.expect(rest)
+            tokens_UD, values_UK, targets_UK = _open(arriving(), fields)
+            with part("rows"):
+                arrived_UK = targets_UK.contiguous()
+                kernels.scatter_rows(tokens_UD, arrived_UK, rows_ND, values_UK, scores_N)
         ctx.save_for_backward(own_TK, sent_TK, arrived_UK)
-        ctx.kernels, ctx.crossings, ctx.score_dtype = kernels, crossings, scores_TK.dtype
+        ctx.kernels, ctx.backward, ctx.score_dtype = kernels, backward, scores_TK.dtype
         ctx.mark_non_differentiable(arrived_UK)
         home, foreign = rows_ND[: route.num_home_rows], rows_ND[route.num_home_rows : -1]
         return home, foreign, scores_N[:-1], arrived_UK
@@ -134,7 +152,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, grad_home, grad_foreign, grad_scores_N, _):
         own_TK, sent_TK, arrived_UK = ctx.saved_tensors
         with part("dispatch backward"):
-            sums_UD, values_UK = ctx.crossings.token_gradients.finish(
+            sums_UD, values_UK = ctx.backward.finish(
                 grad_home, grad_foreign, grad_scores_N, arrived_UK
             )
             with part("rows"):
@@ -148,11 +166,14 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out_home, out_foreign, arrived_UK, own_TK, sent_TK, route, crossings):
+    def forward(ctx, out_home, out_foreign, arrived_UK, own_TK, sent_TK, route):
         ctx.save_for_backward(own_TK, sent_TK, arrived_UK)
-        ctx.route, ctx.crossings = route, crossings
+        ctx.route = route
         with part("combine"):
-            (sums_UD,) = crossings.results.finish(out_home, out_foreign, arrived_UK)
+            with part("rows"):
+                sums_UD = route.kernels.sum_rows(out_home, out_foreign, arrived_UK)
+            arriving = _all_to_all(sums_UD, route.recv_splits, route.send_splits, route)
+            sums_UD = arriving()
             with part("rows"):
                 return route.kernels.sum_rows(out_home, out_foreign, own_TK, sums_UD, sent_TK)
 
@@ -169,56 +190,11 @@ class _Combine(torch.autograd.Function):
             with part("rows"):
                 rows_ND = grad_TD.new_empty((route.num_rows + 1, hidden))
                 kernels.scatter_rows(grad_TD, own_TK, rows_ND)
-
-            rows = rows_ND.data  # as in dispatch
-
-            def rest() -> None:
-                arrived_UD = arriving()
-                with part("rows"):
-                    kernels.scatter_rows(arrived_UD, arrived_UK, rows)
-
-            ctx.crossings.gradients.expect(rest)
+            arrived_UD = arriving()
+            with part("rows"):
+                kernels.scatter_rows(arrived_UD, arrived_UK, rows_ND)
         home, foreign = rows_ND[: route.num_home_rows], rows_ND[route.num_home_rows : -1]
-        return home, foreign, *[None] * 5
-
-
-def _send_results(
-    route: Route, out_home: torch.Tensor, out_foreign: torch.Tensor, arrived_UK: torch.Tensor
-) -> Callable[[], list[torch.Tensor]]:
-    with part("rows"):
-        sums_UD = route.kernels.sum_rows(out_home, out_foreign, arrived_UK)
-    arriving = _all_to_all(sums_UD, route.recv_splits, route.send_splits, route)
-    _give_way(sums_UD)
-    return lambda: [arriving()]
-
-
-def _send_gradients(
-    route: Route,
-    grad_home: torch.Tensor,
-    grad_foreign: torch.Tensor,
-    grad_scores_N: torch.Tensor,
-    arrived_UK: torch.Tensor,
-) -> Callable[[], list[torch.Tensor]]:
-    (U, K), hidden = arrived_UK.shape, grad_home.shape[1]
-    fields = (hidden, grad_home.dtype), (K, grad_scores_N.dtype)
-    with part("rows"):
-        sent = _new_parcels(U, fields, grad_home)
-        sums_UD, values_UK = _open(sent, fields)
-        route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
-        route.kernels.gather_values(grad_scores_N, arrived_UK, out_UK=values_UK)
-    arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
-    _give_way(sent)
-    return lambda: _open(arriving(), fields)
-
-
-def _give_way(parcels: torch.Tensor) -> None:
-    """Let the all-to-all of these begin before a product takes all multiprocessors.
-
-    It starts on another stream, some microseconds after what comes next on this one would, and then
-    only when a whole product has ended.
-    """
-    if parcels.is_cuda:
-        torch.cuda._sleep(_HEAD_START)
+        return home, foreign, *[None] * 4
 
 
 def _new_parcels(count: int, fields: Fields, like: torch.Tensor) -> torch.Tensor:
@@ -238,6 +214,12 @@ def _offsets(fields: Fields) -> list[int]:
     """Where each field begins, and where all end, in bytes."""
     sizes = (-(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for numel, dtype in fields)
     return [0, *accumulate(sizes)]
+
+
+def _gradient_fields(
+    grad_ND: torch.Tensor, grad_scores_N: torch.Tensor, arrived_UK: torch.Tensor
+) -> Fields:
+    return (grad_ND.shape[1], grad_ND.dtype), (arrived_UK.shape[1], grad_scores_N.dtype)
 
 
 def _all_to_all(

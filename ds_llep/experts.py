@@ -5,13 +5,12 @@ the plan says. It keeps the *parameters* for backward, not views of their gather
 ZeRO-3 the gathered weights are then free between forward and backward, and ZeRO's own pre-backward
 hook gathers them again. Foreign weights are likewise fetched again unless the config keeps them.
 
-Order of work, chosen so that transfers hide behind GEMMs (own: of this rank's own tokens):
+Order of work, chosen so that transfers hide behind home GEMMs:
 
-    forward:   start fetch | home gate and up, own | wait for others' tokens | home gate and up,
-               others | wait | foreign experts | home down, others | start combine | home down, own
-    backward:  start fetch | home down, own | wait for others' gradients | home down, others
-               | home rows and w2 | wait | the same of foreign experts | start dispatch's backward
-               | foreign w1, w3 | start return | home w1, w3 | wait | add
+    forward:   start fetch | home experts | wait | foreign experts
+    backward:  start fetch | home experts but for w1, w3 | wait | foreign experts but for w1, w3
+               | start dispatch's backward | foreign gradients of w1, w3 | start return
+               | home gradients of w1, w3 | wait | add
 
 A large fetch has been started before; starting it here again makes sure of it, also where
 checkpointing has run other layers in between.
@@ -29,16 +28,13 @@ import torch
 from deepspeed.moe.ep_experts import GroupedExperts
 
 from ds_llep.activation import Activation
-from ds_llep.crossings import Crossings
+from ds_llep.dispatch import DispatchBackward
 from ds_llep.fetch import Exchange, ForeignWeights
-from ds_llep.kernels.tables import Part
+from ds_llep.kernels.select import KernelSet
 from ds_llep.mlp import GatedMLPs, Scales
+from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
-from ds_llep.route import Route
 from ds_llep.timeline import part
-
-_MEMORY_PER_LINK = 14
-"""How many times as fast as a link memory is; on two H200, 4800 and 340 GB/s."""
 
 
 class LLEPGroupedExperts(GroupedExperts):
@@ -81,10 +77,9 @@ class LLEPGroupedExperts(GroupedExperts):
             Weighted results for both, in the same shapes.
         """
         activation = Activation(
-            self.activation, self.activation_alpha, self.activation_limit, job.route.kernels
+            self.activation, self.activation_alpha, self.activation_limit, job.kernels
         )
         if job.weigh_inputs:
-            job.crossings.tokens.finish()
             home_rows, foreign_rows = _weighed(home_rows, foreign_rows, scores_N)
             scores_N = None
         inputs = home_rows, foreign_rows, scores_N, arrived_UK
@@ -108,37 +103,25 @@ class LLEPBiasedExperts(LLEPGroupedExperts):
 class ExpertJob:
     """What the experts need beside rows and weights."""
 
-    route: Route
-    crossings: Crossings
+    plan: Plan
+    rows_per_slot: list[int]
+    """Home experts, then foreign ones."""
     exchange: Exchange
     foreign: ForeignWeights
     keep_foreign: bool
     """Keep foreign weights between forward and backward instead of fetching them again."""
     weigh_inputs: bool
     """Scores multiply the experts' inputs instead of their outputs."""
+    dispatch_backward: DispatchBackward
+    kernels: KernelSet
 
     @property
     def home_counts(self) -> list[int]:
-        return self.route.rows_per_slot[: self.route.plan.experts_per_rank]
+        return self.rows_per_slot[: self.plan.experts_per_rank]
 
     @property
     def foreign_counts(self) -> list[int]:
-        return self.route.rows_per_slot[self.route.plan.experts_per_rank :]
-
-    def parts(
-        self, home: GatedMLPs, rows_ND: torch.Tensor, *weights: torch.Tensor
-    ) -> tuple[Part | None, Part | None]:
-        """Own rows and others, where a product in two parts is worth it; else None, and None: all.
-
-        The second part reads the weights once more, which may take longer than the transfer. A
-        rank decides for itself: it begins and ends its transfers in the same order either way.
-        """
-        crossing = sum(self.route.recv_splits) * rows_ND.shape[1]
-        again = sum(weight.numel() for weight in weights)
-        if again > _MEMORY_PER_LINK * crossing or not home.in_parts(rows_ND):
-            return None, None
-        start_M, stop_M = self.route.own_rows
-        return Part(start_M, stop_M, inside=True), Part(start_M, stop_M, inside=False)
+        return self.rows_per_slot[self.plan.experts_per_rank :]
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -149,34 +132,13 @@ class _ExpertMLP(torch.autograd.Function):
             home = mlps(_in_dtype_of(home_rows, *weights), job.home_counts)
             with part("fetch"):
                 job.foreign.start()
-            own, others = job.parts(home, home_rows, home.w1, home.w3)
-            hidden_home = None, None
             with part("home experts"):
-                if own:
-                    hidden_home = home.gate_up(home_rows, own)
-            with part("dispatch"):
-                job.crossings.tokens.finish()
-            with part("home experts"):
-                hidden_home = home.gate_up(home_rows, others, hidden_home)
-                act_home = home.activate(*hidden_home, scores_home)
+                out_home, *hidden_home = home.forward(home_rows, scores_home)
             with part("wait for foreign"):
                 bundles = job.foreign.wait()
             foreign = mlps(job.foreign.layout.views(bundles), job.foreign_counts)
             with part("foreign experts"):
-                hidden_foreign = foreign.gate_up(foreign_rows)
-                act_foreign = foreign.activate(*hidden_foreign, scores_foreign)
-                out_foreign = foreign.down(act_foreign, scores_foreign)
-                del act_foreign
-            own, others = None, None
-            if home.out_bias_GD is None and home.down_factors is None:
-                own, others = job.parts(home, home_rows, home.w2)
-            with part("home experts"):
-                out_home = home.down(act_home, scores_home, others)
-            with part("combine"):
-                job.crossings.results.start(out_home, out_foreign, arrived_UK)
-            with part("home experts"):
-                if own:
-                    home.down(act_home, scores_home, own, out_home)
+                out_foreign, *hidden_foreign = foreign.forward(foreign_rows, scores_foreign)
         # The same number of tensors on every rank: activation checkpointing counts them.
         ctx.save_for_backward(
             *(home_rows, foreign_rows, scores_N, arrived_UK),
@@ -207,37 +169,25 @@ class _ExpertMLP(torch.autograd.Function):
             if bundles is None:
                 with part("fetch backward"):
                     job.foreign.start()
-            own, others = job.parts(home, home_rows, home.w2)
-            grad_act = None
             with part("home experts backward"):
-                if own:
-                    grad_act = home.down_backward(home_grad, own)
-            with part("combine backward"):
-                job.crossings.gradients.finish()
-            with part("home experts backward"):
-                grad_act = home.down_backward(home_grad, others, grad_act)
-                home_step = home.backward(home_grad, grad_act, hidden_home, scores_home, *need)
-                del grad_act
+                home_step = home.backward(home_grad, hidden_home, scores_home, *need)
             if bundles is None:
                 with part("wait for foreign backward"):
                     bundles = job.foreign.wait()
             foreign = mlps(job.foreign.layout.views(bundles), job.foreign_counts)
             layout = job.foreign.layout.of(computed)
-            homecoming = GradientReturn(job.exchange, job.route.plan, layout)
+            homecoming = GradientReturn(job.exchange, job.plan, layout)
             with part("foreign experts backward"):
-                grad_act = foreign.down_backward(foreign_grad)
                 foreign_step = foreign.backward(
-                    *(foreign_grad, grad_act, hidden_foreign, scores_foreign, *need),
-                    homecoming.memory,
+                    *(foreign_grad, hidden_foreign, scores_foreign, *need), homecoming.memory
                 )
-                del grad_act
             grads = home_step.grad_rows, foreign_step.grad_rows, None
             if scores_N is not None:
                 grad_scores = torch.cat((home_step.grad_scores, foreign_step.grad_scores))
                 grads = *grads[:2], grad_scores
                 if need_rows:  # they travel while the gradients of the weights are computed
                     with part("dispatch backward"):
-                        job.crossings.token_gradients.start(*grads, arrived_UK)
+                        job.dispatch_backward.start(*grads, arrived_UK)
             if not computed:
                 return *grads, *[None] * (3 + len(weights))
             with part("foreign experts backward"):

@@ -17,7 +17,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from ds_llep.config import LLEPConfig
 from ds_llep.costs import Costs
 from ds_llep.counts import Counting
-from ds_llep.dispatch import combine, crossings, dispatch
+from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.experts import ExpertJob
 from ds_llep.fetch import Exchange, ForeignWeights, start_in_backward
 from ds_llep.kernels.select import KernelSet, select_kernels
@@ -121,18 +121,20 @@ class LLEPMoELayer(AutoEPMoELayer):
         if foreign.starts_early:
             with part("fetch"):
                 foreign.start()
-        ends = crossings(route)
-        dispatched = dispatch(x_TD, scores_TK, route, maps, ends)
+        backward = DispatchBackward(route)
+        dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
         job = ExpertJob(
-            route=route,
-            crossings=ends,
+            plan=plan,
+            rows_per_slot=route.rows_per_slot,
             exchange=exchange,
             foreign=foreign,
             keep_foreign=keep_foreign,
             weigh_inputs=self.score_apply == "pre",
+            dispatch_backward=backward,
+            kernels=context.kernels,
         )
         out_home, out_foreign = self.experts(*dispatched, job=job)
-        y_TD = combine(out_home, out_foreign, dispatched.arrived_UK, route, maps, ends)
+        y_TD = combine(out_home, out_foreign, dispatched.arrived_UK, route, maps)
         if not keep_foreign:
             y_TD = start_in_backward(y_TD, foreign)
         return self._finalize_output(

@@ -19,7 +19,7 @@ import torch
 
 from ds_llep.activation import Activation
 from ds_llep.biased import empty_joint, split
-from ds_llep.kernels.tables import HiddenBias, Part, to_device
+from ds_llep.kernels.tables import HiddenBias, to_device
 from ds_llep.low_rank import Factors
 
 
@@ -98,75 +98,33 @@ class GatedMLPs:
         biases = HiddenBias(gate, up, stop_G), out
         return cls(w1, w2, w3, counts, activation, *biases, **factors)
 
-    def in_parts(self, rows_ND: torch.Tensor) -> bool:
-        """Whether products take a part of the rows."""
-        return self.activation.kernels.in_parts(rows_ND, self.w1, self.w2, self.w3)
-
-    def gate_up(
-        self,
-        rows_ND: torch.Tensor,
-        part: Part | None = None,
-        out: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What backward needs: gate and up, without their biases.
-
-        Of two parts the one outside is the last.
-        """
+    def forward(
+        self, rows_ND: torch.Tensor, scores_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, and what backward needs: gate and up, without their biases."""
         kernels = self.activation.kernels
-        hidden = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts, part, out)
-        if self.gate_up_factors is not None and _is_last(part):
+        hidden = kernels.gate_up(rows_ND, self.w1, self.w3, self.counts)
+        if self.gate_up_factors is not None:
             self.gate_up_factors.add_to(hidden, rows_ND)
-        return hidden
-
-    def activate(
-        self, gate_NF: torch.Tensor, up_NF: torch.Tensor, scores_N: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What goes into the down projection."""
-        return self.activation.forward(gate_NF, up_NF, scores_N, self.hidden_bias)
-
-    def down(
-        self,
-        act_NF: torch.Tensor,
-        scores_N: torch.Tensor | None,
-        part: Part | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The output; biases and factors, where there are some, add to all rows at once."""
-        kernels = self.activation.kernels
-        out_ND = kernels.product(act_NF, self.w2, self.counts, part=part, out=out)
+        act_NF = self.activation.forward(*hidden, scores_N, self.hidden_bias)
+        out_ND = kernels.product(act_NF, self.w2, self.counts)
         if self.down_factors is not None:
             self.down_factors.add_to((out_ND,), act_NF)
         if self.out_bias_GD is not None:
             kernels.add_bias(out_ND, self.out_bias_GD, self.hidden_bias.stop_G, scores_N)
-        return out_ND
-
-    def down_backward(
-        self, grad_ND: torch.Tensor, part: Part | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The gradient of what :meth:`activate` returned.
-
-        Of two parts the one outside is the last.
-        """
-        kernels = self.activation.kernels
-        arguments = {"transpose": False, "part": part, "out": out}
-        grad_NF = kernels.product(grad_ND, self.w2, self.counts, **arguments)
-        if self.down_factors is not None and _is_last(part):
-            self.down_factors.add_row_gradient(grad_NF, self.down_factors.project_back((grad_ND,)))
-        return grad_NF
+        return out_ND, *hidden
 
     def backward(
         self,
         grad_ND: torch.Tensor,
-        grad_act: torch.Tensor,
         hidden: list[torch.Tensor],
         scores_N: torch.Tensor | None,
         need_rows: bool,
         need_weights: Sequence[bool],
         make_memory: Callable[[torch.Tensor], Sequence[torch.Tensor]] | None = None,
     ) -> HiddenBackward:
-        """From the output's gradient and :meth:`down_backward` of it to the hidden layer's.
+        """From the output's gradient to the hidden layer's; empties ``hidden`` (gate and up).
 
-        Empties ``hidden`` (gate and up), and uses up ``grad_act``.
         ``need_weights`` says whether the gradients of the matrices are asked for, and whether those
         of the factors are. ``make_memory`` gives them their memory, like its argument, in the
         order of :meth:`of`. It is called late, when the first of them is made.
@@ -176,6 +134,11 @@ class GatedMLPs:
         need_matrices, need_factors = need_weights
         gate_NF, up_NF = hidden
         hidden.clear()
+        grad_ND = grad_ND.contiguous()
+        grad_act = kernels.product(grad_ND, self.w2, counts, transpose=False)
+        if down is not None:
+            inner = down.project_back((grad_ND,))
+            down.add_row_gradient(grad_act, inner)
         grad_gate, grad_up, act_NF, grad_scores = self.activation.backward(
             grad_act, gate_NF, up_NF, scores_N, self.hidden_bias
         )
@@ -194,7 +157,6 @@ class GatedMLPs:
         if need_matrices:
             step.grad_w2 = self._gradient(grad_ND, act_NF, scores_N, out=step.memory[1])
         if need_factors and down is not None:
-            inner = down.project_back((grad_ND,))
             step.grad_down_factors = down.gradients(act_NF, (grad_ND,), inner, islice(memory, 2))
         del act_NF
         if gate_up is not None:
@@ -249,7 +211,3 @@ class GatedMLPs:
         kernels.gradient_of_weights(grad_NF, rows_ND, counts, matrix, beside)
         bias.copy_(kernels.gradient_of_bias(grad_NF, counts, weight_N))
         return out
-
-
-def _is_last(part: Part | None) -> bool:
-    return part is None or not part.inside

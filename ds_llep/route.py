@@ -15,7 +15,6 @@ Shapes: ``T`` tokens of a rank, ``K`` experts per token, ``E`` experts, ``P`` ra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import deepspeed.comm as dist
@@ -42,10 +41,6 @@ class RouteMaps(NamedTuple):
 class Route:
     """Where everything of one layer and micro-batch goes."""
 
-    plan: Plan
-    """The EP group's."""
-    rank: int
-    """This rank in the EP group."""
     send_splits: list[int]
     """Parcels to each rank of the EP group; none to itself."""
     recv_splits: list[int]
@@ -57,17 +52,6 @@ class Route:
     num_rows: int
     group: dist.ProcessGroup | None
     kernels: KernelSet
-
-    @cached_property
-    def own_rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Where, among the rows of each home expert, this rank's own tokens start and end."""
-        M = self.plan.experts_per_rank
-        home = slice(self.rank * M, (self.rank + 1) * M)
-        rows_M = np.array(self.rows_per_slot[:M])
-        earlier_M = self.plan.earlier_EP(self.rank)[home, self.rank]
-        own_M = self.plan.send_EP(self.rank)[home, self.rank]
-        start_M = rows_M.cumsum() - rows_M + earlier_M
-        return tuple(start_M.tolist()), tuple((start_M + own_M).tolist())
 
     @property
     def first_P(self) -> np.ndarray:
@@ -145,8 +129,6 @@ def make_route(
     send_splits, recv_splits = _splits(plan, reached_PP, alone_PE, rank, top_k)
     rows_per_slot = plan.tokens_EP[list(plan.slots(rank)), rank].tolist()
     return Route(
-        plan=plan,
-        rank=rank,
         send_splits=send_splits.tolist(),
         recv_splits=recv_splits.tolist(),
         rows_per_slot=rows_per_slot,

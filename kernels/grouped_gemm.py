@@ -13,19 +13,14 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from .tables import Part, to_device
+from .tables import to_device
 
 _ALIGNMENT_BYTES = 16
 _SLICES = 4
 
 
 def grouped_gemm(
-    rows_ND: torch.Tensor,
-    weights_GFD: torch.Tensor,
-    counts: Sequence[int],
-    transpose: bool = True,
-    part: Part | None = None,
-    out: torch.Tensor | None = None,
+    rows_ND: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int], transpose: bool = True
 ) -> torch.Tensor:
     """Multiply each group of rows with its own matrix.
 
@@ -35,8 +30,6 @@ def grouped_gemm(
             be anything, each matrix is contiguous.
         counts: rows of each group; their sum is N.
         transpose: multiply with the matrices' transposes, as a linear layer does.
-        part: which rows to make, where :func:`in_parts`; None: all.
-        out: where the result goes, with a part only; None: new memory.
 
     Returns:
         ``[N, F]``.
@@ -44,31 +37,19 @@ def grouped_gemm(
     matrices = weights_GFD.transpose(1, 2) if transpose else weights_GFD
     if rows_ND.shape[0] == 0:
         return rows_ND.new_empty((0, matrices.shape[2]))
-    if part is None and is_one_kernel(rows_ND, weights_GFD):
+    if is_one_kernel(rows_ND, weights_GFD):
         return torch._grouped_mm(rows_ND, matrices, offs=_offsets(counts, rows_ND.device))
-    if out is None:
-        out = rows_ND.new_empty((rows_ND.shape[0], matrices.shape[2]))
-    for group, (start, stop) in _spans(counts, part):
+    out = rows_ND.new_empty((rows_ND.shape[0], matrices.shape[2]))
+    for group, (start, stop) in _spans(counts):
         torch.mm(rows_ND[start:stop], matrices[group], out=out[start:stop])
     return out
 
 
 def gate_up(
-    rows_ND: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    counts: Sequence[int],
-    part: Part | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] = (None, None),
+    rows_ND: torch.Tensor, w1_GFD: torch.Tensor, w3_GFD: torch.Tensor, counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`grouped_gemm` with two sets of matrices: gate and up, each [N, F]."""
-    matrices = zip((w1_GFD, w3_GFD), out, strict=True)
-    return tuple(grouped_gemm(rows_ND, w, counts, part=part, out=to) for w, to in matrices)
-
-
-def in_parts(*operands: torch.Tensor) -> bool:
-    """Whether products take a `part` of the rows: where a loop over the groups is as good."""
-    return not any(operand.is_cuda for operand in operands)
+    return grouped_gemm(rows_ND, w1_GFD, counts), grouped_gemm(rows_ND, w3_GFD, counts)
 
 
 def add_grouped_gemm(
@@ -168,13 +149,8 @@ def _offsets(counts: Sequence[int], device: torch.device) -> torch.Tensor:
     return to_device(np.cumsum(counts, dtype=np.int32), device)
 
 
-def _spans(counts: Sequence[int], part: Part | None = None):
+def _spans(counts: Sequence[int]):
     ends = list(accumulate(counts))
     for group, (count, end) in enumerate(zip(counts, ends, strict=True)):
-        spans = [(end - count, end)]
-        if part is not None:
-            first, stop = part.first_G[group], part.stop_G[group]
-            spans = [(first, stop)] if part.inside else [(end - count, first), (stop, end)]
-        for first, stop in spans:
-            if first < stop:
-                yield group, (first, stop)
+        if count:
+            yield group, (end - count, end)

@@ -25,7 +25,6 @@ from .grouped_triton_rows import (
     row_tiles,
 )
 from .grouped_triton_wgrad import _wgrad_kernel, add_parts, scheduled
-from .tables import Part
 
 _ALIGNMENT_BYTES = 16
 _INTERPRETED_PROGRAMS = 7
@@ -77,8 +76,6 @@ def gate_up(
     w1_GFD: torch.Tensor,
     w3_GFD: torch.Tensor,
     counts: Sequence[int],
-    part: Part | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] = (None, None),
     tiling: Tiling = HOPPER,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each group's rows times the transposes of its two matrices.
@@ -87,8 +84,6 @@ def gate_up(
         rows_ND: [N, D], group after group.
         w1_GFD, w3_GFD: [G, F, D], one layout (`can_pair`); the group stride may be anything.
         counts: rows of each group; their sum is N.
-        part: which rows to make, those inside beside a transfer; None: all.
-        out: where gate and up go, with a part; None: new memory.
         tiling: how it is cut.
 
     Returns:
@@ -96,22 +91,21 @@ def gate_up(
     """
     assert supported(rows_ND, w1_GFD, w3_GFD) and can_pair(w1_GFD, w3_GFD)
     (N, D), F = rows_ND.shape, w1_GFD.shape[1]
-    results = tuple(rows_ND.new_empty((N, F)) if to is None else to for to in out)
-    columns, tiles = tiling.block_n // 2, row_tiles(counts, tiling.block_m, rows_ND.device, part)
-    if len(tiles) == 0:
-        return results
+    results = [rows_ND.new_empty((N, F)) for _ in range(2)]
+    if N == 0:
+        return tuple(results)
+    columns = tiling.block_n // 2
+    tiles = row_tiles(counts, tiling.block_m, rows_ND.device)
     matrices, swapped = pair(w1_GFD, w3_GFD, (1, columns, tiling.block_k))
     targets = [clipped(x, (tiling.block_m, columns)) for x in results]
     column_tiles = triton.cdiv(F, columns)
-    beside = part is not None and part.inside
-    grid, chunk = _grid(len(tiles) * column_tiles, rows_ND, beside)
-    _gate_up_kernel[grid](
+    _gate_up_kernel[_grid(len(tiles) * column_tiles, rows_ND)](
         plain(rows_ND, (tiling.block_m, tiling.block_k)),
         *(matrices, *(reversed(targets) if swapped else targets), tiles),
-        *(len(tiles), column_tiles, triton.cdiv(D, tiling.block_k), chunk),
+        *(len(tiles), column_tiles, triton.cdiv(D, tiling.block_k)),
         **_meta(tiling, BLOCK_N=columns),
     )
-    return results
+    return tuple(results)
 
 
 def product(
@@ -119,12 +113,10 @@ def product(
     weights_GFD: torch.Tensor,
     counts: Sequence[int],
     transpose: bool = True,
-    part: Part | None = None,
-    out: torch.Tensor | None = None,
     tiling: Tiling = HOPPER,
 ) -> torch.Tensor:
-    """What `grouped_gemm` computes, with the same arguments; `part` and `out` as in `gate_up`."""
-    return _product([rows_ND], [weights_GFD], counts, transpose, part, out, tiling)
+    """What `grouped_gemm` computes, with the same arguments."""
+    return _product([rows_ND], [weights_GFD], counts, transpose, tiling)
 
 
 def dgrad(
@@ -146,29 +138,25 @@ def dgrad(
     Returns:
         [N, D].
     """
-    operands = [grad_gate_NF, grad_up_NF], [w1_GFD, w3_GFD]
-    return _product(*operands, counts, False, None, None, tiling)
+    return _product([grad_gate_NF, grad_up_NF], [w1_GFD, w3_GFD], counts, False, tiling)
 
 
-def _product(rows, matrices, counts, transpose: bool, part, out, tiling: Tiling) -> torch.Tensor:
+def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.Tensor:
     assert supported(*rows, *matrices)
     N, K = rows[0].shape
     columns = matrices[0].shape[1 if transpose else 2]
-    if out is None:
-        out = rows[0].new_empty((N, columns))
-    tiles = row_tiles(counts, tiling.block_m, out.device, part)
-    if len(tiles) == 0:
+    out = rows[0].new_empty((N, columns))
+    if N == 0:
         return out
+    tiles = row_tiles(counts, tiling.block_m, out.device)
     right = (tiling.block_n, tiling.block_k) if transpose else (tiling.block_k, tiling.block_n)
     lefts = [plain(x, (tiling.block_m, tiling.block_k)) for x in rows]
     rights = [plain(x, (1, *right)) for x in matrices]
     column_tiles = triton.cdiv(columns, tiling.block_n)
-    beside = part is not None and part.inside
-    grid, chunk = _grid(len(tiles) * column_tiles, out, beside)
-    _product_kernel[grid](
+    _product_kernel[_grid(len(tiles) * column_tiles, out)](
         *(lefts[0], lefts[-1], rights[0], rights[-1]),
         *(clipped(out, (tiling.block_m, tiling.block_n // 2)), tiles),
-        *(len(tiles), column_tiles, triton.cdiv(K, tiling.block_k), chunk),
+        *(len(tiles), column_tiles, triton.cdiv(K, tiling.block_k)),
         TRANSPOSE=transpose,
         SUM_OF_TWO=len(rows) == 2,
         **_meta(tiling),
@@ -209,7 +197,8 @@ def wgrad(
     whole, cut = scheduled(counts, row_tiles_ * column_tiles, block_k, programs, device)
     operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
     if whole.num_items:
-        grid, chunk = _grid(whole.num_items, rows_ND, beside)
+        chunk = _CHUNK if beside else 0
+        grid = (triton.cdiv(whole.num_items, chunk),) if beside else _grid(whole.num_items, rows_ND)
         _wgrad_kernel[grid](
             *(*operands, plain(out, (1, block_m, tiling.block_n // 2))),
             *(whole.segment_of_item, whole.segments, whole.num_items, *tiles, chunk),
@@ -218,10 +207,9 @@ def wgrad(
         )
     if cut.num_items:
         parts = torch.empty((cut.num_items, block_m, block_n), dtype=torch.float32, device=device)
-        grid, chunk = _grid(cut.num_items, rows_ND, beside=False)
-        _wgrad_kernel[grid](
+        _wgrad_kernel[_grid(cut.num_items, rows_ND)](
             *(*operands, plain(parts, (1, block_m, block_n // 4))),
-            *(cut.segment_of_item, cut.segments, cut.num_items, *tiles, chunk),
+            *(cut.segment_of_item, cut.segments, cut.num_items, *tiles, 0),
             PARTS=True,
             **_meta(tiling),
         )
@@ -241,8 +229,5 @@ def _programs(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _grid(items: int, x: torch.Tensor, beside: bool) -> tuple[tuple[int], int]:
-    """How many programs run, and how many items each takes in a row; 0: every so manieth item."""
-    if beside:
-        return (triton.cdiv(items, _CHUNK),), _CHUNK
-    return (min(items, _programs(x)),), 0
+def _grid(items: int, x: torch.Tensor) -> tuple[int]:
+    return (min(items, _programs(x)),)

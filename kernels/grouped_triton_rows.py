@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tables import Part, remember, to_device
+from .tables import remember, to_device
 
 _WRAP = 2**30  # rows that a clipped descriptor spans; 2**34 times as many bytes are 0 mod 2**64
 _MOST = 2**31 - 2**16
@@ -44,20 +44,6 @@ def _tile_at(tile, num_rows, num_columns, BAND: tl.constexpr):
 
 
 @triton.jit
-def _walk(num_items, chunk):
-    """This program's items: where they start and end, and the step from one to the next.
-
-    Every so manieth item, from the first on; or, with a chunk, so many in a row, for more programs
-    than run at a time.
-    """
-    program = tl.program_id(0)
-    start = tl.where(chunk > 0, program * chunk, program)
-    end = tl.where(chunk > 0, start + chunk, num_items)
-    step = tl.where(chunk > 0, 1, tl.num_programs(0))
-    return start, tl.where(end < num_items, end, num_items), step
-
-
-@triton.jit
 def _store_clipped(target, value, row, stop, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Store rows `row`, `row + 1`, ... as far as they lie before `stop`; see `clipped`."""
     wrap: tl.constexpr = 1073741824
@@ -66,7 +52,7 @@ def _store_clipped(target, value, row, stop, column, ROWS: tl.constexpr, COLUMNS
 
 
 # The counts are other numbers at nearly every call: specialising would only compile anew.
-@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps", "chunk"])
+@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps"])
 def _product_kernel(
     rows,
     more_rows,
@@ -77,7 +63,6 @@ def _product_kernel(
     num_row_tiles,
     num_column_tiles,
     steps,
-    chunk,
     TRANSPOSE: tl.constexpr,
     SUM_OF_TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -88,8 +73,7 @@ def _product_kernel(
     tl.assume(steps > 0)
     half: tl.constexpr = BLOCK_N // 2
     num_tiles = num_row_tiles * num_column_tiles
-    start, end, stride = _walk(num_tiles, chunk)
-    for tile in tl.range(start, end, stride, flatten=True):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = _tile_at(tile, num_row_tiles, num_column_tiles, BAND)
         group = tl.load(tiles_ptr + 3 * row_tile)
         row = tl.load(tiles_ptr + 3 * row_tile + 1)
@@ -117,7 +101,7 @@ def _product_kernel(
         _store_clipped(out, second, row, stop, column + half, BLOCK_M, half)
 
 
-@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps", "chunk"])
+@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps"])
 def _gate_up_kernel(
     rows,
     matrices,
@@ -127,7 +111,6 @@ def _gate_up_kernel(
     num_row_tiles,
     num_column_tiles,
     steps,
-    chunk,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -135,8 +118,7 @@ def _gate_up_kernel(
 ):
     tl.assume(steps > 0)
     num_tiles = num_row_tiles * num_column_tiles
-    start, end, stride = _walk(num_tiles, chunk)
-    for tile in tl.range(start, end, stride, flatten=True):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = _tile_at(tile, num_row_tiles, num_column_tiles, BAND)
         group = tl.load(tiles_ptr + 3 * row_tile)
         row = tl.load(tiles_ptr + 3 * row_tile + 1)
@@ -153,9 +135,7 @@ def _gate_up_kernel(
 
 
 @remember
-def row_tiles(
-    counts: Sequence[int], block: int, device: torch.device, part: Part | None = None
-) -> torch.Tensor:
+def row_tiles(counts: Sequence[int], block: int, device: torch.device) -> torch.Tensor:
     """Group, first row and the group's end for each tile of `block` rows, int32 [tiles, 3]."""
     # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
     counts_G = np.array(counts, dtype=np.int64)
@@ -163,13 +143,8 @@ def row_tiles(
     tiles_G = (counts_G + (block - 1)) // block
     group = np.repeat(np.arange(len(counts)), tiles_G)
     nth = np.arange(len(group)) - (tiles_G.cumsum() - tiles_G)[group]
-    row, stop = (stops_G - counts_G)[group] + nth * block, stops_G[group]
-    table = np.stack((group, row, stop), axis=1).astype(np.int32)
-    if part is not None:
-        first, last = np.array(part.first_G)[group], np.array(part.stop_G)[group]
-        inside = (row >= first) & (np.minimum(row + block, stop) <= last)
-        table = table[inside == part.inside]
-    return to_device(table, device)
+    row = (stops_G - counts_G)[group] + nth * block
+    return to_device(np.stack((group, row, stops_G[group]), axis=1).astype(np.int32), device)
 
 
 def plain(x: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:

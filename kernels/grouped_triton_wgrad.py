@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_triton_rows import _tile_at, _walk
+from .grouped_triton_rows import _tile_at
 from .tables import all_to_device, remember
 
 # What a part costs beside its rows, in steps: writing 128 KB of fp32 and reading it back.
@@ -44,6 +44,20 @@ def _store_quarters(target, value, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     first, second = right.reshape([BLOCK_M, 2, quarter]).permute(0, 2, 1).split()
     target.store([slot, 0, half], first.reshape([1, BLOCK_M, quarter]))
     target.store([slot, 0, half + quarter], second.reshape([1, BLOCK_M, quarter]))
+
+
+@triton.jit
+def _walk(num_items, chunk):
+    """This program's items: where they start and end, and the step from one to the next.
+
+    Every so manieth item, from the first on; or, with a chunk, so many in a row, for more programs
+    than run at a time.
+    """
+    program = tl.program_id(0)
+    start = tl.where(chunk > 0, program * chunk, program)
+    end = tl.where(chunk > 0, start + chunk, num_items)
+    step = tl.where(chunk > 0, 1, tl.num_programs(0))
+    return start, tl.where(end < num_items, end, num_items), step
 
 
 @triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles", "chunk"])

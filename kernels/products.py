@@ -11,42 +11,25 @@ from collections.abc import Sequence
 import torch
 
 from . import grouped_gemm, grouped_triton
-from .tables import Part
 
 
 def gate_up(
-    rows_ND: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    counts: Sequence[int],
-    part: Part | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] = (None, None),
+    rows_ND: torch.Tensor, w1_GFD: torch.Tensor, w3_GFD: torch.Tensor, counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grouped_gemm.gate_up`."""
     if _fused(rows_ND, w1_GFD, w3_GFD) and grouped_triton.can_pair(w1_GFD, w3_GFD):
-        return grouped_triton.gate_up(rows_ND, w1_GFD, w3_GFD, counts, part, out)
-    matrices = zip((w1_GFD, w3_GFD), out, strict=True)
-    return tuple(product(rows_ND, w, counts, part=part, out=to) for w, to in matrices)
+        return grouped_triton.gate_up(rows_ND, w1_GFD, w3_GFD, counts)
+    return grouped_gemm.gate_up(rows_ND, w1_GFD, w3_GFD, counts)
 
 
 def product(
-    rows_ND: torch.Tensor,
-    weights_GFD: torch.Tensor,
-    counts: Sequence[int],
-    transpose: bool = True,
-    part: Part | None = None,
-    out: torch.Tensor | None = None,
+    rows_ND: torch.Tensor, weights_GFD: torch.Tensor, counts: Sequence[int], transpose: bool = True
 ) -> torch.Tensor:
     """As `grouped_gemm.grouped_gemm`."""
     columns = weights_GFD.shape[1 if transpose else 2]
     if _fused(rows_ND, weights_GFD) and grouped_triton.can_store(columns, rows_ND.dtype):
-        return grouped_triton.product(rows_ND, weights_GFD, counts, transpose, part, out)
-    return grouped_gemm.grouped_gemm(rows_ND, weights_GFD, counts, transpose, part, out)
-
-
-def in_parts(*operands: torch.Tensor) -> bool:
-    """As `grouped_gemm.in_parts`."""
-    return _fused(*operands) or grouped_gemm.in_parts(*operands)
+        return grouped_triton.product(rows_ND, weights_GFD, counts, transpose)
+    return grouped_gemm.grouped_gemm(rows_ND, weights_GFD, counts, transpose)
 
 
 def gradient_of_rows(

@@ -34,11 +34,9 @@ class KernelSet(NamedTuple):
     gradient_of_bias_weight: Callable
     gradient_of_bias: Callable
     gate_up: Callable
-    """In `grouped_gemm.py`, like the next four."""
+    """In `grouped_gemm.py`, like the next three."""
     product: Callable
     """`grouped_gemm.grouped_gemm`."""
-    in_parts: Callable
-    """Whether the two before take a part of the rows."""
     gradient_of_rows: Callable
     gradient_of_weights: Callable
     """`grouped_gemm.grouped_gemm_weight_gradient`."""
@@ -65,7 +63,6 @@ def _torch_kernels() -> KernelSet:
         gradient_of_bias=reference_mlp.gradient_of_bias,
         gate_up=grouped_gemm.gate_up,
         product=grouped_gemm.grouped_gemm,
-        in_parts=grouped_gemm.in_parts,
         gradient_of_rows=grouped_gemm.gradient_of_rows,
         gradient_of_weights=grouped_gemm.grouped_gemm_weight_gradient,
         plan_lla=None,

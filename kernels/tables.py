@@ -10,18 +10,6 @@ import torch
 _REMEMBERED = 16
 
 
-class Part(NamedTuple):
-    """Of each group the rows `first` to `stop`, or the others.
-
-    A product makes whole tiles. So `inside` it makes those that lie between the two, and otherwise
-    all that are left: both together are all rows.
-    """
-
-    first_G: tuple[int, ...]
-    stop_G: tuple[int, ...]
-    inside: bool
-
-
 class HiddenBias(NamedTuple):
     """The biases of an expert's hidden layer, for rows that come group after group."""
 

@@ -58,7 +58,7 @@ def test_transfers():
 
 
 def test_waits_are_what_other_work_leaves():
-    """The pass over own rows and their products; in backward, the gradients of w1 and w3."""
+    """Dispatch: the pass over own rows. Dispatch's backward: the gradients of w1 and w3."""
     passes = 1e3 * (TOKENS + OWN) * ROW / 4e3
     found = floors(best(link=1e3, memory=4e3))
     assert found["dispatch/all-to-all"] == pytest.approx(SENT * PARCEL - passes)
@@ -66,14 +66,10 @@ def test_waits_are_what_other_work_leaves():
     assert found["combine/all-to-all"] == pytest.approx(SENT * ROW)
     behind = 1e3 * 4 * ROWS * SHAPE.hidden_size * SHAPE.ffn_size / 40e3
     found = floors(best(link=1e3, dense=40e3))
-    own = 1e3 * 2 * OWN * SHAPE.hidden_size * SHAPE.ffn_size / 40e3
-    assert found["dispatch/all-to-all"] == pytest.approx(SENT * PARCEL - 2 * own)
-    assert found["combine/all-to-all"] == pytest.approx(SENT * ROW - own)
-    assert found["combine backward/all-to-all"] == pytest.approx(SENT * ROW - own)
     assert found["dispatch backward/all-to-all"] == pytest.approx(SENT * (ROW + 8) - behind)
     slow = floors(best(link=1e3, dense=1, memory=1))
-    names = ("dispatch", "combine", "combine backward", "dispatch backward")
-    assert not any(slow[f"{name}/all-to-all"] for name in names)
+    hidden = ("dispatch", "combine backward", "dispatch backward")
+    assert [slow[f"{name}/all-to-all"] for name in hidden] == [0, 0, 0]
 
 
 def test_foreign_experts():

@@ -28,8 +28,7 @@ ROOMS = {
     "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"}),
     "timeline": (set(), {"deepspeed.accelerator"}),
     "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
-    "crossings": (set(), {"torch"}),
-    "dispatch": ({"route", "crossings", "timeline"}, {"torch", "deepspeed.comm"}),
+    "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),
     "activation": (KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
     "biased": (set(), {"torch", "deepspeed.moe.ep_experts", GROUP_GEMM}),
     "low_rank": (KERNELS, {"torch"}),
@@ -49,7 +48,7 @@ ROOMS = {
     ),
     "returns": ({"plan", "fetch", "workspace"}, {"torch", "deepspeed.comm"}),
     "experts": (
-        {"activation", "crossings", "fetch", "mlp", "returns", "route", "timeline"} | KERNELS,
+        {"activation", "dispatch", "plan", "fetch", "mlp", "returns", "timeline"} | KERNELS,
         {"torch", "deepspeed.moe.ep_experts"},
     ),
     "trace": (set(), {"numpy"}),

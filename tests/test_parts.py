@@ -8,7 +8,7 @@ import torch
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep.activation import Activation
-from ds_llep.dispatch import combine, crossings, dispatch
+from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.kernels.grouped_gemm import (
     add_grouped_gemm,
     grouped_gemm,
@@ -37,13 +37,11 @@ def test_dispatch_and_combine_gradients(top_k, seed):
     scores = torch.rand(5, top_k, dtype=torch.float64, requires_grad=True)
 
     def layer(x, scores):
-        ends = crossings(route)
-        dispatched = dispatch(x, scores, route, maps, ends)
-        ends.tokens.finish()
+        dispatched = dispatch(x, scores, route, maps, DispatchBackward(route))
         rows, none, scores_N, arrived = dispatched
         assert len(none) == len(arrived) == 0
         out = rows.sin() * scores_N.unsqueeze(1)
-        return combine(out, none, arrived, route, maps, ends)
+        return combine(out, none, arrived, route, maps)
 
     assert torch.autograd.gradcheck(layer, (x, scores))
     expected = x.sin() * scores.sum(1, keepdim=True)

@@ -12,12 +12,12 @@ from ds_llep import timeline
 from ds_llep.timeline import Timeline, part
 
 FORWARD = ["router", "counts", "route", "wait for counts", "plan"]
-FORWARD += ["dispatch", "dispatch/rows", "fetch", "home experts", "dispatch/all-to-all"]
-FORWARD += ["wait for foreign", "foreign experts"]
+FORWARD += ["dispatch", "dispatch/rows", "dispatch/all-to-all"]
+FORWARD += ["fetch", "home experts", "wait for foreign", "foreign experts"]
 FORWARD += ["combine", "combine/rows", "combine/all-to-all"]
-BACKWARD = ["combine backward", "combine backward/rows", "fetch backward"]
-BACKWARD += ["home experts backward", "combine backward/all-to-all"]
-BACKWARD += ["wait for foreign backward", "foreign experts backward"]
+BACKWARD = ["combine backward", "combine backward/rows", "combine backward/all-to-all"]
+BACKWARD += ["fetch backward"]
+BACKWARD += ["home experts backward", "wait for foreign backward", "foreign experts backward"]
 BACKWARD += ["dispatch backward", "dispatch backward/rows"]
 BACKWARD += ["gradient return", "dispatch backward/all-to-all"]
 

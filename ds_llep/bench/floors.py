@@ -115,20 +115,16 @@ def _of_layer(
         "home experts": shape.gemm_flop(home) / best.dense,
         "foreign experts": shape.gemm_flop(rows - home) / best.dense,
     }
-    # Products that transfers travel behind: of own rows, one of forward's three, or gate and up; in
-    # backward, the gradients of w1 and w3.
-    own_home = int(plan.send_EP(rank)[first:last, rank].sum())
-    own_product = shape.gemm_flop(own_home) / best.dense / 3
-    behind = 2 / 3 * sum(gemm.values())
+    behind = 2 / 3 * sum(gemm.values())  # backward's gradients of w1 and w3: two products of three
     return {
         "counts": best.latency,
         "dispatch/rows": there,
-        "dispatch/all-to-all": max(link(labels=2) - own_pass - 2 * own_product, 0.0),
+        "dispatch/all-to-all": max(link(labels=2) - own_pass, 0.0),
         **gemm,
         "combine/rows": back,
-        "combine/all-to-all": max(link(labels=0) - own_product, 0.0),
+        "combine/all-to-all": link(labels=0),
         "combine backward/rows": there,
-        "combine backward/all-to-all": max(link(labels=0) - own_pass - own_product, 0.0),
+        "combine backward/all-to-all": max(link(labels=0) - own_pass, 0.0),
         **{f"{name} backward": 2 * value for name, value in gemm.items()},
         "dispatch backward/rows": back,
         "dispatch backward/all-to-all": max(link(labels=1) - behind, 0.0),

@@ -1,7 +1,6 @@
 """Grouped Triton products against torch in fp64, and how their work is laid out."""
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +12,8 @@ from ds_llep.kernels import products
 from ds_llep.kernels.grouped_triton import HOPPER, Tiling
 from ds_llep.kernels.grouped_triton_rows import can_pair, row_tiles
 from ds_llep.kernels.grouped_triton_wgrad import schedule
-from ds_llep.kernels.tables import Part
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 TILING = HOPPER if ON_GPU else Tiling(32, 32, 32, warps=4, stages=2, band=2)
 ROWS = 128 if ON_GPU else 32
 COUNTS = [ROWS + 9, 0, 1, 2 * ROWS, ROWS - 1, 0]
@@ -134,42 +131,13 @@ def test_weight_gradient_is_written_where_it_belongs(draw, dtype):
     assert torch.equal(bundle[:, 0], before), draw.seed
 
 
-def test_beside_a_transfer_the_bits_are_the_same(draw, dtype, monkeypatch):
+def test_beside_a_transfer_the_bits_are_the_same(draw, dtype):
     rows_ND, grad_NF, *_ = inputs(draw, dtype)
     alone, beside = (
         triton_products.wgrad(grad_NF, rows_ND, COUNTS, beside=beside, tiling=TILING)
         for beside in (False, True)
     )
     assert torch.equal(alone, beside), draw.seed
-
-
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_two_parts_are_the_whole(share, draw, dtype):
-    """Whole tiles, each once; what is inside lies between the rows that were named."""
-    rows_ND, grad_NF, _, w1, w3 = inputs(draw, dtype)
-    starts = [0, *itertools.accumulate(COUNTS)][:-1]
-    lengths = [int(share * count) for count in COUNTS]
-    rooms = [count - length for count, length in zip(COUNTS, lengths, strict=True)]
-    first = [s + draw.index(1, high=r + 1).item() for s, r in zip(starts, rooms, strict=True)]
-    first[3] = starts[3]  # so that some tile is inside
-    stop = [f + n for f, n in zip(first, lengths, strict=True)]
-    named = [n for f, s in zip(first, stop, strict=True) for n in range(f, s)]
-    products = [
-        (partial(triton_products.gate_up, rows_ND, w1, w3, COUNTS, tiling=TILING), (F, F)),
-        (partial(triton_products.product, rows_ND, w1, COUNTS, True, tiling=TILING), (F,)),
-        (partial(triton_products.product, grad_NF, w1, COUNTS, False, tiling=TILING), (D,)),
-    ]
-    for product, widths in products:
-        whole = product()
-        out = tuple(torch.full((len(rows_ND), w), 7.0, device=DEVICE, dtype=dtype) for w in widths)
-        for inside in (True, False):
-            product(part=Part(tuple(first), tuple(stop), inside), out=out if widths[1:] else out[0])
-            if inside:
-                made = [(x != 7).any(1).nonzero().flatten().tolist() for x in out]
-                assert all(set(rows) <= set(named) for rows in made), draw.seed
-                assert all(made) == (share > 0), draw.seed
-        for x, expected in zip(out, whole if widths[1:] else [whole], strict=True):
-            assert torch.equal(x, expected), draw.seed
 
 
 def test_groups_do_not_reach_each_other(draw, dtype):

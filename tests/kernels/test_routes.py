@@ -19,7 +19,7 @@ from plans import CHEAP_SPILLS, draw_nodes, shares
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep import dispatch as dispatch_room
-from ds_llep.dispatch import combine, crossings, dispatch
+from ds_llep.dispatch import DispatchBackward, combine, dispatch
 from ds_llep.kernels import counts
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import Plan
@@ -360,32 +360,26 @@ class Member:
 
 
 class Experts(torch.autograd.Function):
-    """Rows times their expert's number and their score; may start what departs early."""
+    """Rows times their expert's number and their score; may start dispatch's backward early."""
 
     @staticmethod
-    def forward(ctx, home_ND, foreign_ND, scores_N, arrived_UK, number_N, ends, early):
-        ends.tokens.finish()
+    def forward(ctx, home_ND, foreign_ND, scores_N, arrived_UK, number_N, backward):
         ctx.save_for_backward(home_ND, foreign_ND, scores_N, arrived_UK, number_N)
-        ctx.settings = ends, early
+        ctx.backward = backward
         factor_N = (number_N * scores_N).to(home_ND.dtype).unsqueeze(1)
         split = len(home_ND)
-        outs = home_ND * factor_N[:split], foreign_ND * factor_N[split:]
-        if early:
-            ends.results.start(*outs, arrived_UK)
-        return outs
+        return home_ND * factor_N[:split], foreign_ND * factor_N[split:]
 
     @staticmethod
     def backward(ctx, *grads):
         *rows, scores_N, arrived_UK, number_N = ctx.saved_tensors
-        ends, early = ctx.settings
-        ends.gradients.finish()
         split, dtype = len(rows[0]), rows[0].dtype
         factor_N = (number_N * scores_N).to(dtype).unsqueeze(1)
         grad_scores = number_N * (torch.cat(rows) * torch.cat(grads)).to(scores_N.dtype).sum(1)
         grads = grads[0] * factor_N[:split], grads[1] * factor_N[split:], grad_scores
-        if early:
-            ends.token_gradients.start(*grads, arrived_UK)
-        return *grads, *[None] * 4
+        if ctx.backward is not None:
+            ctx.backward.start(*grads, arrived_UK)
+        return *grads, None, None, None
 
 
 # P, M, K, plan, dtype of tokens and scores, tokens of each rank.
@@ -429,13 +423,13 @@ def test_dispatch_and_combine(case, early, kernels, small_blocks, monkeypatch, d
     def layer(member: Member):
         rank = member.rank
         route, maps = route_of(ids, plan, rank, kernels, member)
-        ends = crossings(route)
-        dispatched = dispatch(x[rank], scores[rank], route, maps, ends)
+        backward = DispatchBackward(route)
+        dispatched = dispatch(x[rank], scores[rank], route, maps, backward)
         slots = torch.tensor(plan.slots(rank), device=DEVICE)
         counts = torch.tensor(route.rows_per_slot, device=DEVICE)
         number_N = numbers_E[slots.repeat_interleave(counts)]
-        outs = Experts.apply(*dispatched, number_N, ends, early)
-        y_TD = combine(*outs, dispatched.arrived_UK, route, maps, ends)
+        outs = Experts.apply(*dispatched, number_N, backward if early else None)
+        y_TD = combine(*outs, dispatched.arrived_UK, route, maps)
         y_TD.backward(grad[rank].detach())
         return dispatched, y_TD
 
