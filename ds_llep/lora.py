@@ -23,6 +23,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.sharded_moe import MOELayer
 
 _INSTEAD = (
     'Adapt attention (and shared experts) instead, with target_modules such as ["q_proj", '
@@ -140,11 +141,11 @@ def _check(model: torch.nn.Module) -> None:
 
 
 def trains_experts(model: torch.nn.Module) -> bool:
-    """Whether any routed expert of an AutoEP layer is trained; the same on every rank."""
+    """Whether any routed expert is trained; the same on every rank."""
     return any(
         parameter.requires_grad
         for layer in model.modules()
-        if isinstance(layer, AutoEPMoELayer)
+        if isinstance(layer, AutoEPMoELayer | MOELayer)
         for parameter in layer.experts.parameters()
     )
 

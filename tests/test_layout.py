@@ -59,6 +59,16 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
+    "bundle": ({"fetch", "plan", "returns", "timeline"}, {"torch", "deepspeed.comm"}),
+    "moe": (
+        {"bundle", "config", "counts", "dispatch", "fetch", "layer", "plan", "route", "timeline"}
+        | KERNELS,
+        {"torch", "deepspeed.accelerator", "deepspeed.moe"},
+    ),
+    "convert": (
+        {"bundle", "config", "fetch", "moe", "monitor", "rates", "recorder"},
+        {"torch", "deepspeed.moe"},
+    ),
     "lora": (set(), {"torch", "deepspeed", "peft"}),
     "load": ({"config"}, {"transformers", "deepspeed.runtime.zero"}),
     "layouts": ({"biased"}, {"torch", "deepspeed.module_inject.auto_ep_config", "deepspeed.moe"}),
@@ -75,12 +85,23 @@ ROOMS = {
     ),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"active", "biased", "export", "families", "gpt_oss", "load", "lora", "probe", "rates"}
+        | {
+            "active",
+            "biased",
+            "convert",
+            "export",
+            "families",
+            "gpt_oss",
+            "load",
+            "lora",
+            "probe",
+            "rates",
+        }
         | KERNELS,
         {"torch", "deepspeed"},
     ),
     "hf": ({"activate", "monitor"}, {"transformers"}),
-    "__init__": ({"activate", "compat", "config", "export", "plan"}, set()),
+    "__init__": ({"activate", "compat", "config", "export", "moe", "plan"}, set()),
     "run": (set(), set()),
     "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),
