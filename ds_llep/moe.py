@@ -16,6 +16,7 @@ them on a rank, ``V`` copies that the gate kept.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,8 +50,8 @@ class MoE(deepspeed.moe.layer.MoE):
 class MoEContext(LayerContext):
     """What a layer whose experts are modules needs beside its parameters."""
 
-    checked_random: bool = False
-    """Whether the experts have run in training without drawing random numbers."""
+    tried: bool = False
+    """Whether an expert was found, in training, to do the same on every rank."""
 
     def prepare_modules(self, layout: ModuleLayout, x_TD: torch.Tensor, ep_size: int) -> None:
         """Settle what depends on the dtype and the device that the layer runs in.
@@ -98,6 +99,8 @@ class BalancedMOELayer(MOELayer):
         experts = self.experts.deepspeed_experts
         layout = ModuleLayout.of(experts[0])
         context.prepare_modules(layout, x_TD, self.ep_size)
+        if self.training and not context.tried:
+            self._check_experts(x_TD)
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
         gates_KT, slots_KT, x_VD, plan, route, maps = self._route_and_plan(x_TD, used_token)
@@ -117,7 +120,9 @@ class BalancedMOELayer(MOELayer):
                 foreign.start()
         unweighed = x_VD.new_zeros((len(x_VD), 1))
         rows = dispatch(x_VD, unweighed, route, maps, DispatchBackward(route))
-        out_home = self._compute_home(rows.home_rows, route.rows_per_slot[: len(experts)])
+        with part("home experts"):  # each also where it has no rows
+            rows_M = rows.home_rows.split(route.rows_per_slot[: len(experts)])
+            out_home = torch.cat([compute(*pair) for pair in zip(experts, rows_M, strict=True)])
         job = ForeignJob(
             plan=plan,
             counts=route.rows_per_slot[len(experts) :],
@@ -189,35 +194,36 @@ class BalancedMOELayer(MOELayer):
             slots_KT = torch.where(kept_KT, place_KT, len(token_V))
         return gates_KT, slots_KT, x_TD.index_select(0, token_V), plan, route, maps
 
-    def _compute_home(self, rows_ND: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """The home experts' output, ``[N, D]``, each also where it has no rows.
+    def _check_experts(self, x_TD: torch.Tensor) -> None:
+        """Try a copy of an expert on the same few rows on every rank, once.
+
+        What an expert does with its own rows must not decide about an error: another rank may have
+        none, and would wait for this one.
 
         Raises:
-            ValueError: on every rank alike, if an expert changes its buffers or draws random
-                numbers, as it would on a helper in another way.
+            ValueError: on every rank, if an expert changes its buffers or draws random numbers.
         """
-        experts, context = self.experts.deepspeed_experts, self.llep
-        buffers = [buffer for expert in experts for buffer in expert.buffers()]
-        before = [buffer._version for buffer in buffers]
-        watch = self.training and not context.checked_random
-        states = _random_states() if watch else []
-        with part("home experts"):
-            groups = zip(experts, rows_ND.split(counts), strict=True)
-            out_ND = torch.cat([compute(expert, rows) for expert, rows in groups])
-        if [buffer._version for buffer in buffers] != before:
+        expert = copy.deepcopy(self.experts.deepspeed_experts[0])
+        before, states = [buffer.clone() for buffer in expert.buffers()], _random_states()
+        with torch.no_grad():
+            compute(expert, x_TD.new_ones((4, x_TD.shape[1])))
+        random = not all(map(torch.equal, states, _random_states()))
+        torch.set_rng_state(states[0])
+        get_accelerator().set_rng_state(states[1])
+        name, off = self.llep.name, f'or set "{SECTION}.enabled" to false'
+        if random:
             raise ValueError(
-                f"llep: the experts of MoE layer '{context.name}' change their buffers in forward, "
-                "as batch normalisation does. A helper rank would change a copy of them. Use "
-                f'experts without such buffers, or set "{SECTION}.enabled" to false.'
+                f"llep: the experts of MoE layer '{name}' draw random numbers in forward, so that "
+                f"their result would depend on the rank that computes them. Set their dropout to "
+                f"0, {off}."
             )
-        if not all(map(torch.equal, states, _random_states() if watch else [])):
+        if not all(map(torch.equal, before, expert.buffers())):
             raise ValueError(
-                f"llep: the experts of MoE layer '{context.name}' draw random numbers in forward, "
-                "so that their result would depend on the rank that computes them. Set their "
-                f'dropout to 0, or set "{SECTION}.enabled" to false.'
+                f"llep: the experts of MoE layer '{name}' change their buffers in forward, as "
+                "batch normalisation does, and a helper would change copies that are lost. Use "
+                f"experts without such buffers, {off}."
             )
-        context.checked_random = context.checked_random or watch
-        return out_ND
+        self.llep.tried = True
 
 
 def _state(module: torch.nn.Module) -> list[torch.Tensor]:

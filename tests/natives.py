@@ -44,6 +44,13 @@ class Scaled(nn.Module):
         return self.second(torch.tanh(hidden)), self.second.weight
 
 
+class Random(Gated):
+    """Dropout that no module shows."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
 class Frozen(Gated):
     """One of three matrices is not trained, and another is used nowhere."""
 
@@ -61,7 +68,34 @@ def linear() -> nn.Module:
     return nn.Linear(HIDDEN, HIDDEN, bias=False)
 
 
-KINDS = {"linear": linear, "mlp": mlp, "gated": Gated, "scaled": Scaled, "frozen": Frozen}
+def all_frozen() -> nn.Module:
+    return mlp().requires_grad_(False)
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(linear(), nn.Sequential(nn.GELU(), nn.Dropout(0.1)))
+
+
+class Normalised(nn.Module):
+    """Batch normalisation, whose buffers every forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = linear(), nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x):
+        flat = self.first(x).flatten(0, -2)
+        return self.norm(flat).view(x.shape) if len(flat) > 1 else flat.view(x.shape)
+
+
+KINDS = {
+    "linear": linear,
+    "mlp": mlp,
+    "gated": Gated,
+    "scaled": Scaled,
+    "frozen": Frozen,
+    "all frozen": all_frozen,
+}
 
 
 class Model(nn.Module):
@@ -94,7 +128,7 @@ def layer(
     ep_size = fit(ep_size)
     torch.manual_seed(seed)
     found = deepspeed.moe.layer.MoE(
-        HIDDEN, KINDS[kind](), EXPERTS, ep_size, min_capacity=0, **options
+        HIDDEN, KINDS[kind](), EXPERTS, ep_size, **{"min_capacity": 0, **options}
     )
     found.set_deepspeed_parallelism()
     group = found.deepspeed_moe.ep_group
@@ -111,7 +145,7 @@ def redraw(expert: nn.Module, seed: int) -> None:
     for tensor in (*expert.parameters(), *expert.buffers()):
         if tensor.is_floating_point():
             tensor.data.copy_(torch.randn(tensor.shape, generator=generator) / HIDDEN**0.5)
-        else:
+        elif tensor.dim():
             tensor.data.copy_(torch.randperm(len(tensor), generator=generator))
 
 
@@ -152,24 +186,39 @@ def draw(moes, tokens: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor
     return x.to(dtype).to(device), grad.to(dtype).to(device)
 
 
-def run(moe, x: torch.Tensor, grad: torch.Tensor, seed: int) -> dict[str, torch.Tensor | None]:
+def run(
+    moe,
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    seed: int,
+    checkpointing: str = "none",
+    used_token: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor | None]:
     """What the layer returns, and all gradients, of one forward and backward.
 
     Every layer that is given the same seed draws the same noise on a rank.
     """
     torch.manual_seed(seed * 1000 + dist.get_rank())
     x = x.detach().clone().requires_grad_()
-    y, l_aux, exp_counts = moe(x)
+    moe.zero_grad()
+    if checkpointing == "none":
+        y, l_aux, exp_counts = moe(x, used_token)
+    else:
+        y, l_aux, exp_counts = torch.utils.checkpoint.checkpoint(
+            moe, x, used_token, use_reentrant=checkpointing == "reentrant"
+        )
     (y * grad.to(y.dtype)).sum().add(l_aux).backward()
     found = {"output": y.detach(), "l_aux": l_aux.detach(), "exp_counts": exp_counts}
     found["input"] = x.grad
     return found | {name: parameter.grad for name, parameter in moe.named_parameters()}
 
 
-def reference(kind: str, theirs, x, grad, seed: int, dtype, **options) -> dict:
+def reference(kind: str, theirs, x, grad, seed: int, dtype, used_token, **options) -> dict:
     """The same in fp64, with the names of this rank's experts and gradients summed over ranks."""
     whole = wide_twin(kind, theirs, seed, dtype, **options)
-    found, group = run(whole, x.double(), grad.double(), seed), theirs.deepspeed_moe.ep_group
+    whole.train(theirs.training)
+    found = run(whole, x.double(), grad.double(), seed, used_token=used_token)
+    group = theirs.deepspeed_moe.ep_group
     first = dist.get_rank(group=group) * theirs.num_local_experts
     renamed = {}
     for name, tensor in found.items():
