@@ -3,7 +3,8 @@
 ``register`` wraps ``DeepSpeedEngine._configure_expert_parallel``, a class attribute, so import
 order does not matter and everything that calls ``deepspeed.initialize`` (Trainer, Accelerate, TRL)
 is covered. After AutoEP has replaced a model's MoE blocks, ``activate`` changes the class of its
-layers in place. Each engine keeps its own settings, so a trained and a frozen model can share a
+layers in place; that of DeepSpeed's own MoE layers once ``_configure_distributed_model`` has made
+their groups. Each engine keeps its own settings, so a trained and a frozen model can share a
 process.
 """
 
@@ -18,10 +19,12 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ds_llep import export, gpt_oss, load
+from ds_llep import convert, export, gpt_oss, load
 from ds_llep.active import Activation, announce
 from ds_llep.biased import has_bias
 from ds_llep.compat import (
@@ -74,22 +77,41 @@ def register() -> None:
         config = LLEPConfig.from_ds_config(self._config._param_dict)
         if not config.enabled:
             return original(self, model, *args, **kwargs)
+        native = convert.find_layers(model)
         # What can be known now is refused before AutoEP shards the model.
-        check_compatible(self._config)
+        if native:
+            tp_size = max(self.autotp_size(), bwc_tensor_model_parallel_world_size(self.mpu))
+            in_pipeline = isinstance(model, PipelineModule)
+            convert.check_native(self._config, config, in_pipeline, tp_size)
+            convert.check_layers(native)
+        else:
+            check_compatible(self._config)
         check_weight_source(config.weight_source, self._config.zero_config)
         select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
+        if native:  # balanced once DeepSpeed has made their groups
+            return original(self, model, *args, **kwargs)
         expert_parallel = self._config.expert_parallel_config
         with adapters_kept(model, expert_parallel) as (inner, adapters):
             adapters.check(self._config)
             check_family(inner, expert_parallel)
             result = original(self, inner, *args, **kwargs)
             adapters.attach(result, self._config)
-        _ACTIVE[self] = activate(self, model, config)
+        _ACTIVE[self] = activate(self, autoep_layers(model), config)
         export.register()
         return result
 
     setattr(configure_expert_parallel, _MARK, True)
     DeepSpeedEngine._configure_expert_parallel = configure_expert_parallel
+    make_groups = DeepSpeedEngine._configure_distributed_model
+
+    @functools.wraps(make_groups)
+    def configure_distributed_model(self, model):
+        make_groups(self, model)
+        config = LLEPConfig.from_ds_config(self._config._param_dict)
+        if config.enabled and (native := convert.find_layers(model)):
+            _ACTIVE[self] = activate(self, native, config)
+
+    DeepSpeedEngine._configure_distributed_model = configure_distributed_model
     # What writes weights in ways that their version counters do not show. Not every optimizer of
     # DeepSpeed's steps in this process, and not every step is an engine's.
     register_optimizer_step_post_hook(weights_changed)
@@ -124,11 +146,11 @@ def _reporting(method, report):
     return wrapper
 
 
-def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig) -> Activation:
-    """Change the class of every AutoEP layer of ``model`` in place.
+def autoep_layers(model: torch.nn.Module) -> dict[str, AutoEPMoELayer]:
+    """The layers that AutoEP has made, by name.
 
     Raises:
-        ValueError: no AutoEP layer in the model.
+        ValueError: there is none.
     """
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)
@@ -139,8 +161,17 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
             f'For a dense model set "{SECTION}.enabled" to false; for an MoE model that AutoEP '
             'does not know, describe its layers with "expert_parallel.moe_layer_pattern".'
         )
-    # AutoEP has made the groups, but the layers do not have theirs yet.
-    group_name = next(iter(layers.values())).ep_group_name
+    return layers
+
+
+def activate(
+    engine: DeepSpeedEngine, layers: dict[str, torch.nn.Module], config: LLEPConfig
+) -> Activation:
+    """Change the class of MoE layers in place: AutoEP's, or else DeepSpeed's own."""
+    first = next(iter(layers.values()))
+    is_autoep = isinstance(first, AutoEPMoELayer)
+    # The groups are there, but AutoEP's layers do not have theirs yet.
+    group_name = first.ep_group_name if is_autoep else first.expert_group_name
     ep_group = groups._get_expert_parallel_group(group_name)
     edp_group = groups._get_expert_data_parallel_group(group_name)
     table = RankTable.gather(ep_group, edp_group, config.cost.ranks_per_node)
@@ -166,7 +197,8 @@ def activate(engine: DeepSpeedEngine, model: torch.nn.Module, config: LLEPConfig
         measure = functools.partial(measure_rates, table, ep_group, *settings)
         rates, rates_from = find_rates(config.cost, measure)
     recorder = open_recorder(config, layers, ep_size)
-    statistics = adopt(layers, config, exchange, engine, recorder, rates or H200)
+    convert_in_place = adopt if is_autoep else convert.adopt
+    statistics = convert_in_place(layers, config, exchange, engine, recorder, rates or H200)
     activation = Activation(
         config=config,
         layers=tuple(layers),

@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.runtime.engine import DeepSpeedEngine
 from packaging.version import Version
 
@@ -20,6 +21,7 @@ SUPPORTED = {"deepspeed": ("0.19.8", "0.19.8"), "transformers": ("5.17.0", "5.22
 
 SEAMS = (
     (DeepSpeedEngine, "_configure_expert_parallel", ("self", "model")),
+    (DeepSpeedEngine, "_configure_distributed_model", ("self", "model")),
     (DeepSpeedEngine, "_configure_zero_optimizer", ("self", "optimizer")),
     (DeepSpeedEngine, "_configure_bf16_optimizer", ("self", "optimizer")),
     (
@@ -36,6 +38,8 @@ SEAMS = (
     (AutoEPMoELayer, "_finalize_output", ("self", "output", "x", "hidden_states", "hdim")),
     (AutoEPMoELayer, "set_deepspeed_parallelism", ("self",)),
     (GroupedExperts, "forward", ("self", "x", "num_tokens_per_expert")),
+    (MOELayer, "forward", ("self", "input", "kwargs")),
+    (TopKGate, "forward", ("self", "input", "used_token", "sparse_routes")),
 )
 """What the plugin relies on in DeepSpeed: class, method, its first arguments."""
 
@@ -76,7 +80,8 @@ def check_compatible(ds_config: Any) -> None:
     if expert_parallel is None or not expert_parallel.enabled:
         raise ValueError(
             f'"{SECTION}.enabled" is true but expert parallelism is off. llep balances the layers '
-            'that DeepSpeed AutoEP shards; add "expert_parallel": {"enabled": true, '
+            "that DeepSpeed AutoEP shards, and those of deepspeed.moe.layer.MoE (here: none); "
+            'add "expert_parallel": {"enabled": true, '
             '"autoep_size": N} to the DeepSpeed JSON, N being the ranks that share the experts, '
             f'or set "{SECTION}.enabled" to false.'
         )
@@ -116,6 +121,8 @@ def check_imported_in_time(config: LLEPConfig) -> None:
 
 def overridden_options(expert_parallel: Any) -> list[str]:
     """Options of the ``"expert_parallel"`` section that were set and that llep makes moot."""
+    if expert_parallel is None:
+        return []
     return [
         name for name, default in OVERRIDDEN.items() if getattr(expert_parallel, name) != default
     ]

@@ -23,6 +23,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.sharded_moe import MOELayer
 
 from ds_llep.adapters import adapted_layers, factor_names, whole_adapters, wrap_checkpoints
 from ds_llep.expert_lora import ExpertAdapters, is_expert_adapter
@@ -172,16 +173,17 @@ def _check(model: torch.nn.Module) -> None:
 
 
 def trains_experts(model: torch.nn.Module, adapters: bool = False) -> bool:
-    """Whether any routed expert of an AutoEP layer is trained; the same on every rank.
+    """Whether any routed expert is trained; the same on every rank.
 
     Args:
         model: an engine's module.
         adapters: whether it counts if adapters of an expert are trained.
     """
     return any(
-        parameter.requires_grad and (adapters or name in ("w1", "w2", "w3"))
+        parameter.requires_grad
+        and (adapters or name not in getattr(layer.experts, "factor_names", ()))
         for layer in model.modules()
-        if isinstance(layer, AutoEPMoELayer)
+        if isinstance(layer, AutoEPMoELayer | MOELayer)
         for name, parameter in layer.experts.named_parameters()
     )
 

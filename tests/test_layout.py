@@ -60,6 +60,16 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
+    "bundle": ({"fetch", "plan", "returns", "timeline", "workspace"}, {"torch", "deepspeed.comm"}),
+    "moe": (
+        {"bundle", "config", "counts", "dispatch", "fetch", "layer", "plan", "route", "timeline"}
+        | KERNELS,
+        {"torch", "deepspeed.accelerator", "deepspeed.moe"},
+    ),
+    "convert": (
+        {"bundle", "config", "fetch", "moe", "monitor", "rates", "recorder"},
+        {"torch", "deepspeed.moe"},
+    ),
     "adapters": ({"mlp", "whole"}, {"torch", "deepspeed"}),
     "expert_lora": ({"adapters", "shards"}, {"torch", "deepspeed", "peft"}),
     "lora": ({"adapters", "expert_lora"}, {"torch", "deepspeed", "peft"}),
@@ -78,12 +88,23 @@ ROOMS = {
     ),
     "activate": (
         {"compat", "config", "ranks", "shards", "fetch", "layer", "experts", "monitor", "recorder"}
-        | {"active", "biased", "export", "families", "gpt_oss", "load", "lora", "probe", "rates"}
+        | {
+            "active",
+            "biased",
+            "convert",
+            "export",
+            "families",
+            "gpt_oss",
+            "load",
+            "lora",
+            "probe",
+            "rates",
+        }
         | KERNELS,
         {"torch", "deepspeed"},
     ),
     "hf": ({"activate", "monitor"}, {"transformers"}),
-    "__init__": ({"activate", "compat", "config", "export", "plan"}, set()),
+    "__init__": ({"activate", "compat", "config", "export", "moe", "plan"}, set()),
     "run": (set(), set()),
     "cli": ({"run"}, set()),
     "__main__": ({"cli"}, set()),

@@ -1,0 +1,258 @@
+"""Experts that are modules of any kind: as bytes that travel, and computed away from home.
+
+An expert travels as it is: the bytes of its parameters and buffers, one after the other, whatever
+their dtypes. Its helper lends it a module of the same structure and puts views of those bytes in
+the place of the module's own tensors. Only experts that spill are copied into such a bundle.
+
+At home, experts are modules like any others, part of the graph that the model builds. All foreign
+experts of a rank are one autograd function, which is there on every rank, also where nothing is
+borrowed. It keeps their rows alone and computes them once more in backward, since their weights may
+be gone by then. The price is one more forward pass over the rows that spill, and that an expert
+must do the same twice: dropout is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+
+import deepspeed.comm as dist
+import torch
+from torch.func import functional_call
+
+from ds_llep.fetch import Exchange, ForeignWeights
+from ds_llep.plan import Plan
+from ds_llep.returns import GradientReturn
+from ds_llep.timeline import part
+from ds_llep.workspace import BundleLayout
+
+_ALIGNMENT = 16  # bytes that a thread of a GPU moves at once
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """Where the tensors of a module lie in its bundle of bytes."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> ModuleLayout:
+        """Parameters, then buffers, persistent or not; a tensor with several names once."""
+        tensors = dict(_tensors(module))
+        shapes = (tensor.shape for tensor in tensors.values())
+        dtypes = (tensor.dtype for tensor in tensors.values())
+        return cls(tuple(tensors), tuple(shapes), tuple(dtypes))
+
+    @property
+    def _offsets(self) -> list[int]:
+        sizes = map(lambda shape, dtype: prod(shape) * dtype.itemsize, self.shapes, self.dtypes)
+        return [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a bundle, each tensor aligned."""
+        return self._offsets[-1]
+
+    def views(self, bundle: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors by name, in a bundle, uint8 ``[nbytes]``."""
+        fields = zip(self.names, self.shapes, self.dtypes, self._offsets, strict=False)
+        return {
+            name: bundle[at : at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, shape, dtype, at in fields
+        }
+
+    def pack(self, module: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
+        """A new bundle with the module's tensors as they are now, on ``like``'s device."""
+        bundle = like.new_empty(self.nbytes, dtype=torch.uint8)
+        views = self.views(bundle)
+        for name, tensor in _tensors(module):
+            views[name].copy_(tensor.detach())
+        return bundle
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that get gradients, by name."""
+    return {name: param for name, param in module.named_parameters() if param.requires_grad}
+
+
+def compute(
+    expert: torch.nn.Module, rows_ND: torch.Tensor, tensors: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """An expert's output for its rows, ``[N, D]``; its own tensors unless others are given.
+
+    It sees ``[1, 1, N, D]``, four dimensions as with DeepSpeed, and may return a tuple, of which
+    the first counts, as there.
+    """
+    rows = rows_ND.view(1, 1, *rows_ND.shape)
+    out = expert(rows) if tensors is None else functional_call(expert, tensors, (rows,))
+    return (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
+
+
+class ForeignModules(ForeignWeights):
+    """Foreign experts that are modules; the bundles of :meth:`wait` are uint8 ``[n, nbytes]``.
+
+    Args:
+        experts: those at home here.
+        layout: of each of them.
+        like: a tensor on the device.
+        exchange, layer, plans, size, count: as for :class:`ForeignWeights`.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        layer: int,
+        experts: Sequence[torch.nn.Module],
+        layout: ModuleLayout,
+        plans: Sequence[Plan],
+        like: torch.Tensor,
+        size: int | None,
+        count: Callable[[int, int], None],
+    ) -> None:
+        like = like.new_empty(0, dtype=torch.uint8)
+        # What the workspace has to hold for each expert; there is no such tensor at home.
+        whole = torch.empty((len(experts), layout.nbytes), dtype=torch.uint8, device="meta")
+        super().__init__(exchange, layer, [whole], plans, like, size, count)
+        self.experts, self.module_layout = experts, layout
+
+    def _transfers(self, missing: dict[int, list[tuple[int, int]]]) -> list[dist.P2POp]:
+        table = self._exchange.table
+        workspace = self._workspace() if missing.get(table.rank) else None
+        group = self._exchange.group
+        operations = []
+        for helper, experts in missing.items():
+            for expert, place in experts:
+                home, local = divmod(expert, len(self.experts))
+                if table.rank == helper:
+                    holder = table.own_group[home]
+                    operations.append(dist.P2POp(dist.irecv, workspace[place], holder, group))
+                elif table.ep_rank == home:
+                    source = self.module_layout.pack(self.experts[local], self._like)
+                    operations.append(dist.P2POp(dist.isend, source, helper, group))
+        return operations
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignJob:
+    """What the foreign experts need beside their rows."""
+
+    plan: Plan
+    counts: Sequence[int]
+    """Rows of each of this rank's foreign experts."""
+    foreign: ForeignModules
+    keep: bool
+    """Keep their weights between forward and backward instead of fetching them again."""
+    exchange: Exchange
+    out_dtype: torch.dtype
+    """Of the home experts' output."""
+
+
+def compute_foreign(rows_ND: torch.Tensor, job: ForeignJob) -> torch.Tensor:
+    """The foreign experts' output for their rows, ``[N, D]``, differentiable.
+
+    Every rank of the EP group calls this. Gradients of the weights go to their home ranks, which
+    get them here as gradients of their own parameters, so that autograd adds them to those of the
+    home rows before anybody sees the sum.
+    """
+    home = [param for expert in job.foreign.experts for param in trained(expert).values()]
+    return _ForeignExperts.apply(rows_ND, job, *home)
+
+
+class _ForeignExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_ND, job, *home):
+        with part("fetch"):
+            job.foreign.start()
+        with part("wait for foreign"):
+            bundles = job.foreign.wait()
+        ctx.save_for_backward(rows_ND, bundles.clone() if job.keep else None)
+        device = rows_ND.device.type
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.job = job
+        with part("foreign experts"):
+            layout, module = job.foreign.module_layout, job.foreign.experts[0]
+            outputs = [
+                compute(module, rows, layout.views(bundle))
+                for rows, bundle in zip(rows_ND.split(job.counts), bundles, strict=True)
+            ]
+        if not outputs:
+            return rows_ND.new_empty(rows_ND.shape, dtype=job.out_dtype)
+        return torch.cat(outputs).to(job.out_dtype)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        job, (rows_ND, bundles) = ctx.job, ctx.saved_tensors
+        if bundles is None:
+            with part("fetch backward"):
+                job.foreign.start()
+            with part("wait for foreign backward"):
+                bundles = job.foreign.wait()
+        enabled, dtype = ctx.autocast
+        with (
+            part("foreign experts backward"),
+            torch.enable_grad(),
+            torch.autocast(rows_ND.device.type, enabled=enabled, dtype=dtype),
+        ):
+            grad_rows, gradients = _gradients(ctx.job, rows_ND, bundles, grad_ND)
+        if not any(ctx.needs_input_grad[2:]):
+            return grad_rows, None
+        with part("gradient return"):
+            returned = _return(ctx.job, gradients)
+        return grad_rows, None, *returned
+
+
+def _gradients(
+    job: ForeignJob, rows_ND: torch.Tensor, bundles: torch.Tensor, grad_ND: torch.Tensor
+) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    """Gradients of the rows, and of each foreign expert's trained parameters."""
+    layout, module = job.foreign.module_layout, job.foreign.experts[0]
+    names = list(trained(module))
+    grad_rows, gradients = torch.empty_like(rows_ND), []
+    groups = zip(*(t.split(job.counts) for t in (rows_ND, grad_ND, grad_rows)), strict=True)
+    for (rows, grad, target), bundle in zip(groups, bundles, strict=True):
+        tensors = layout.views(bundle)
+        rows = rows.detach().requires_grad_()
+        weights = [tensors[name].detach().requires_grad_() for name in names]
+        out = compute(module, rows, {**tensors, **dict(zip(names, weights, strict=True))})
+        grad_input, *grads = torch.autograd.grad(
+            out, [rows, *weights], grad.to(out.dtype), materialize_grads=True, allow_unused=True
+        )
+        target.copy_(grad_input)
+        gradients.append(grads)
+    return grad_rows, gradients
+
+
+def _return(job: ForeignJob, gradients: list[list[torch.Tensor]]) -> list[torch.Tensor | None]:
+    """Send foreign gradients home; what has come here, for the trained parameters at home."""
+    experts = job.foreign.experts
+    like = list(trained(experts[0]).values())
+    wide = like[0].dtype
+    for param in like:
+        wide = torch.promote_types(wide, param.dtype)
+    numels = [param.numel() for param in like]
+    homecoming = GradientReturn(job.exchange, job.plan, BundleLayout((torch.Size([sum(numels)]),)))
+    (sent,) = homecoming.memory(like[0].new_empty(0, dtype=wide))
+    for target, grads in zip(sent, gradients, strict=True):
+        torch.cat([grad.reshape(-1).to(wide) for grad in grads], out=target)
+    ep_rank = job.exchange.table.ep_rank
+    lent = {spill.expert % len(experts) for spill in job.plan.lent_experts(ep_rank)}
+    received = {expert: like[0].new_zeros(sum(numels), dtype=wide) for expert in lent}
+    homecoming.start()
+    homecoming.finish([received])
+    found: list[torch.Tensor | None] = []
+    for index in range(len(experts)):
+        if index not in received:
+            found += [None] * len(like)
+            continue
+        parts = received[index].split(numels)
+        found += [p.view(t.shape).to(t.dtype) for p, t in zip(parts, like, strict=True)]
+    return found
