@@ -15,20 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from math import prod
 
 import deepspeed.comm as dist
 import torch
 from torch.func import functional_call
 
+from ds_llep.dispatch import offsets
 from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
 from ds_llep.timeline import part
 from ds_llep.workspace import BundleLayout
-
-_ALIGNMENT = 16  # bytes that a thread of a GPU moves at once
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,9 @@ class ModuleLayout:
         dtypes = (tensor.dtype for tensor in tensors.values())
         return cls(tuple(tensors), tuple(shapes), tuple(dtypes))
 
-    @property
+    @cached_property
     def _offsets(self) -> list[int]:
-        sizes = map(lambda shape, dtype: prod(shape) * dtype.itemsize, self.shapes, self.dtypes)
-        return [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        return offsets(tuple(zip(map(prod, self.shapes), self.dtypes, strict=True)))
 
     @property
     def nbytes(self) -> int:

@@ -199,18 +199,18 @@ class _Combine(torch.autograd.Function):
 
 def _new_parcels(count: int, fields: Fields, like: torch.Tensor) -> torch.Tensor:
     """A buffer of parcels ``[count, bytes]``, so that all that is in them travels at once."""
-    return like.new_empty((count, _offsets(fields)[-1]), dtype=torch.uint8)
+    return like.new_empty((count, offsets(fields)[-1]), dtype=torch.uint8)
 
 
 def _open(parcels: torch.Tensor, fields: Fields) -> list[torch.Tensor]:
     """A view ``[count, numel]`` of each field."""
     return [
         parcels[:, start : start + numel * dtype.itemsize].view(dtype)
-        for start, (numel, dtype) in zip(_offsets(fields), fields, strict=False)
+        for start, (numel, dtype) in zip(offsets(fields), fields, strict=False)
     ]
 
 
-def _offsets(fields: Fields) -> list[int]:
+def offsets(fields: Fields) -> list[int]:
     """Where each field begins, and where all end, in bytes."""
     sizes = (-(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for numel, dtype in fields)
     return [0, *accumulate(sizes)]

@@ -178,7 +178,7 @@ class WorkTables(NamedTuple):
     segment_of_item: torch.Tensor
     segments: torch.Tensor
     first_items: torch.Tensor
-    """The first item of each tile."""
+    """The first item of each tile that is in parts."""
 
 
 @remember
@@ -192,7 +192,7 @@ def scheduled(
         *_, tiles_of, parts_of, _ = segments.T
         # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
         segment_of_item = np.repeat(np.arange(len(segments), dtype=np.int32), tiles_of * parts_of)
-        parts = np.repeat(parts_of, tiles_of)
+        parts = np.repeat(parts_of, np.where(parts_of > 1, tiles_of, 0))
         tables = segment_of_item, segments, parts.cumsum(dtype=np.int32) - parts
         found.append(WorkTables(work.num_items, *all_to_device(tables, device)))
     return found

@@ -60,7 +60,10 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
-    "bundle": ({"fetch", "plan", "returns", "timeline", "workspace"}, {"torch", "deepspeed.comm"}),
+    "bundle": (
+        {"dispatch", "fetch", "plan", "returns", "timeline", "workspace"},
+        {"torch", "deepspeed.comm"},
+    ),
     "moe": (
         {"bundle", "config", "counts", "dispatch", "fetch", "layer", "plan", "route", "timeline"}
         | KERNELS,
