@@ -1,21 +1,24 @@
 """Spilled experts' weights, from whoever holds them into their helpers' workspaces.
 
-Each piece of a matrix travels by itself, straight from where it lies to where it is needed, so that
-nobody packs, gathers or holds a second copy. With ``weight_source="owner"`` the home rank holds
-whole experts and sends within its EP group; with ``"shards"`` every rank sends from its ZeRO-3
-parts to helpers in all EP groups. All ranks derive the same transfers from the same plans.
+With ``weight_source="owner"`` the home rank holds whole experts and sends within its EP group. It
+packs each expert that it lends once, and what lies in a row for a helper is one message: every
+message costs the host some 20 us, and NCCL sends a long list of them one kernel after the other.
+The price is a copy of those experts until they have left. With ``"shards"`` every rank sends from
+its ZeRO-3 parts to helpers in all EP groups, and each piece of a matrix travels by itself, straight
+from where it lies to where it is needed. All ranks derive the same transfers from the same plans.
 
 The workspace doubles as a cache: what still lies there since the forward pass or since an earlier
 micro-batch is not sent again while the weights are the same.
 
-A few experts travel behind the tokens, beside the home experts' products, and cost nothing. Many do
-not: NCCL's later kernels find no multiprocessor free before a product ends. So they travel ahead of
-the tokens. (On two H200, 100 MB in 6 messages were hidden, 400 MB in 24 arrived 3 ms late.)
+A few experts travel behind the tokens, beside the home experts' products, and cost nothing. Many
+take longer than a helper's own products, so they travel ahead of the tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import deepspeed.comm as dist
@@ -207,13 +210,49 @@ class ForeignWeights:
         """This rank's part of the fetch; sender and receiver go through it in the same order.
 
         Args:
-            missing: by helper's global rank, the (expert, place) pairs to be sent there.
+            missing: by helper's global rank, the (expert, place) pairs to be sent there, in a row.
         """
-        table, sharded, group = self._exchange.table, self._exchange.sharded, self._exchange.group
-        rank = table.rank
+        return self._pieces(missing) if self._exchange.sharded else self._bundles(missing)
+
+    def _bundles(self, missing: dict[int, list[tuple[int, int]]]) -> list[dist.P2POp]:
+        """From home ranks, which pack the experts that they send by their numbers."""
+        table, group = self._exchange.table, self._exchange.group
+        sent = sorted({expert for experts in missing.values() for expert, _ in experts})
+        home_of = {expert: expert // self._experts_per_rank for expert in sent}
+        packed_at = {
+            expert: at
+            for _, experts in groupby(sent, home_of.get)
+            for at, expert in enumerate(experts)
+        }
+        own = [expert for expert in sent if home_of[expert] == table.ep_rank]
+        packed = self._pack([expert % self._experts_per_rank for expert in own]) if own else None
+        workspace = self._workspace() if missing.get(table.rank) else None
+        operations = []
+        for helper, experts in missing.items():
+            shifts = [(home_of[expert], place - packed_at[expert]) for expert, place in experts]
+            for (home, shift), run in groupby(zip(shifts, experts, strict=True), itemgetter(0)):
+                places = [place for _, (_, place) in run]
+                first, stop = places[0], places[-1] + 1
+                if table.rank == helper:
+                    holder = table.own_group[home]
+                    operations.append(dist.P2POp(dist.irecv, workspace[first:stop], holder, group))
+                elif table.ep_rank == home:
+                    source = packed[first - shift : stop - shift]
+                    operations.append(dist.P2POp(dist.isend, source, helper, group))
+        return operations
+
+    def _pack(self, experts: Sequence[int]) -> torch.Tensor:
+        """Bundles ``[n, numel]`` of home experts, by their local numbers."""
+        matrices = [weight[expert] for expert in experts for weight in self._weights]
+        flat = [on_device(matrix.detach().reshape(-1), self._like) for matrix in matrices]
+        return torch.cat(flat).view(len(experts), self.layout.numel)
+
+    def _pieces(self, missing: dict[int, list[tuple[int, int]]]) -> list[dist.P2POp]:
+        """From ZeRO-3's parts."""
+        table, group, rank = self._exchange.table, self._exchange.group, self._exchange.table.rank
         bundles = self._workspace() if missing.get(rank) else None
-        held = [part_of(weight, sharded) for weight in self._weights]
-        part_numels = tuple(part_numel(weight, sharded) for weight in self._weights)
+        held = [part_of(weight) for weight in self._weights]
+        part_numels = tuple(part_numel(weight) for weight in self._weights)
         operations = []
         for helper, experts in missing.items():
             for expert, place in experts:

@@ -75,17 +75,17 @@ def whole_shape(param: torch.Tensor) -> torch.Size:
     return param.ds_shape if is_sharded(param) else param.shape
 
 
-def part_numel(param: torch.Tensor, sharded: bool) -> int:
+def part_numel(param: torch.Tensor) -> int:
     """Elements of one part of a parameter, padding included."""
-    return param.ds_tensor.ds_numel if sharded else whole_shape(param).numel()
+    return param.ds_tensor.ds_numel
 
 
-def part_of(param: torch.Tensor, sharded: bool) -> torch.Tensor:
-    """What this rank holds of a parameter, flat: its ZeRO-3 part, or all of it.
+def part_of(param: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a parameter, flat: its ZeRO-3 part.
 
     Read anew for every use: ZeRO replaces a part's memory when it makes its buffers.
     """
-    return param.ds_tensor.detach() if sharded else param.detach().view(-1)
+    return param.ds_tensor.detach()
 
 
 def on_device(piece: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

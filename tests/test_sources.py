@@ -316,8 +316,12 @@ def test_bytes_on_the_wire(pools, source, ep_size, dtype, seed):
     (part,) = set().union(*(result["parts"] for result in results))
     whole = NORMAL[0] * NORMAL[1] * itemsize
     messages = {n for key in sent if key[1] == "forward" for n in sent[key]}
-    assert max(messages) == whole
-    assert (min(messages) < whole) == (source == "shards" and edp_size > 1), "no expert was cut"
+    if source == "owner":
+        assert all(nbytes % (3 * whole) == 0 for nbytes in messages), "whole experts"
+        assert max(messages) > 3 * whole, "no two in one message"
+    else:
+        assert max(messages) == whole
+        assert (min(messages) < whole) == (edp_size > 1), "no expert was cut"
     for layer in range(3):
         counts_RE = np.array([result["counts"][layer] for result in results])
         config = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)

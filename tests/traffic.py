@@ -19,14 +19,15 @@ EXPERT = 3 * 32 * 48 * 4  # bytes of one expert of the tiny Qwen3-MoE in fp32
 
 @contextmanager
 def watched() -> Iterator[SimpleNamespace]:
-    """A workspace of its own; counts what arrives there, and notes sizes, places and plans."""
+    """A workspace of its own; counts experts that arrive there, notes sizes, places and plans."""
     log = SimpleNamespace(workspace=Workspace(), received=0, nbytes=[0], places=[], plans=[])
     post, wait = dist.batch_isend_irecv, ForeignWeights.wait
 
     def noted_post(operations):
         memory = log.workspace.view(0, 1, operations[0].tensor).untyped_storage().data_ptr()
         tensors = [operation.tensor for operation in operations]
-        log.received += sum(tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
+        there = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() == memory]
+        log.received += sum(tensor.numel() for tensor in there) // (EXPERT // 4)
         log.nbytes.append(log.workspace.nbytes())
         return post(operations)
 
