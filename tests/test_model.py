@@ -164,6 +164,7 @@ def test_both_modes_train_alike(pools, seed, shape_name):
         # In fp32 a hundred thousandth of it, in bf16 more.
         assert 0 <= abs(differences).max() < fell * (0.01 if ep["dtype"] == "float32" else 0.5)
         assert [llep["losses"], ep["losses"]] == [x["losses"] for x in answers[0][::-1]]
+        assert ep["tokens_per_second"] == 1e3 * 2 * ep["tokens"] / ep["step_ms"] > 0
 
 
 def run_wrong(seed: int, rank: int) -> list[str]:
@@ -227,7 +228,7 @@ def test_train_command(tmp_path):
     options = "--ranks 2 --device cpu --tokens 64 --seq-len 32 --train 3 --workloads 50:4 --json"
     done = run_command("model", *options.split(), str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "loss with AutoEP" in done.stdout and "largest difference" in done.stdout
+    assert "largest difference" in done.stdout and "tokens/s" in done.stdout
     ep, llep = [json.loads(line) for line in path.read_text().splitlines()]
     assert [len(line["losses"]) for line in (ep, llep)] == [3, 3]
     assert [line["workload"] for line in (ep, llep)] == ["50:4", "50:4"]

@@ -25,7 +25,10 @@ def agreed_max(value: float) -> float:
 
 
 def milliseconds(
-    work: Callable[[], object], repeats: int, prepare: Callable[[int], object] = lambda step: None
+    work: Callable[[], object],
+    repeats: int,
+    prepare: Callable[[int], object] = lambda step: None,
+    warm_ups: int = WARM_UPS,
 ) -> float:
     """Median over the repeats of the slowest rank's time; all ranks call.
 
@@ -33,7 +36,7 @@ def milliseconds(
     ``prepare`` is called before each repeat with its number, and not timed.
     """
     times = []
-    for step in range(WARM_UPS + repeats):
+    for step in range(warm_ups + repeats):
         prepare(step)
         dist.barrier()
         get_accelerator().synchronize()
@@ -42,7 +45,7 @@ def milliseconds(
         get_accelerator().synchronize()
         times.append(time.perf_counter() - start)
         del result
-    return 1e3 * statistics.median(agreed_max(elapsed) for elapsed in times[WARM_UPS:])
+    return 1e3 * statistics.median(agreed_max(elapsed) for elapsed in times[warm_ups:])
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
