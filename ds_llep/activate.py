@@ -75,7 +75,6 @@ def register() -> None:
     @functools.wraps(original)
     def configure_expert_parallel(self, model, *args, **kwargs):
         config = LLEPConfig.from_ds_config(self._config._param_dict)
-        convert.release(model)
         if not config.enabled:
             return original(self, model, *args, **kwargs)
         native = convert.find_layers(model)

@@ -25,14 +25,6 @@ def find_layers(model: Module) -> dict[str, deepspeed.moe.layer.MoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, native)}
 
 
-def release(model: Module) -> None:
-    """Give layers that an earlier engine balanced back to DeepSpeed."""
-    for layer in find_layers(model).values():
-        if isinstance(layer.deepspeed_moe, BalancedMOELayer):
-            layer.deepspeed_moe.__class__ = MOELayer
-            del layer.deepspeed_moe.llep
-
-
 def check_native(ds_config: Any, config: LLEPConfig, in_pipeline: bool, tp_size: int) -> None:
     """Refuse what cannot be combined with balancing DeepSpeed's own MoE layers.
 

@@ -294,29 +294,6 @@ def test_compiled(pools, seed):
     check(pools(2).run(one_step, nothing, 2, seed, compiled=True), seed)
 
 
-def again(first: dict | None, second: dict | None, seed: int):
-    """Two engines in turn over one model; what each says, and the second as DeepSpeed's."""
-    model, twin = build(2, seed), build(2, seed)
-    batches = inputs(twin, 1, seed)
-    start(model, 1, first).destroy()
-    found = []
-    for each, llep in ((twin, None), (model, second)):
-        engine = start(each, 1, llep)
-        found.append(step(engine, batches, seed))
-        status = ds_llep.status(engine)
-        engine.destroy()
-    balanced = type(model.plain.deepspeed_moe) is not MOELayer
-    return layers.errors(found[1], found[0]), status["active"], balanced
-
-
-@pytest.mark.parametrize("first, second", [({}, {}), ({}, None), (None, {})], ids=str)
-def test_another_engine_for_the_same_model(pools, first, second, seed):
-    """It balances if its own config says so."""
-    for errors, active, balanced in pools(2).run(again, first, second, seed):
-        assert all(error < 1e-4 for error in errors.values()), f"seed {seed}: {errors}"
-        assert active == balanced == (second is not None)
-
-
 def inference(seed: int):
     model = natives.Model(ds_llep.MoE, 1, seed)
     engine = deepspeed.init_inference(model, dtype=torch.float32)
