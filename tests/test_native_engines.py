@@ -238,11 +238,6 @@ class NonReentrant(Checkpointed):
 
 
 @contextlib.contextmanager
-def nothing():
-    yield
-
-
-@contextlib.contextmanager
 def new_groups():
     """EP groups that DeepSpeed makes now, and not those of an earlier test."""
     names = ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP")
@@ -256,6 +251,7 @@ def new_groups():
 
 
 def one_step(around, stage: int, seed: int, kind=natives.Model, compiled=False, **sections):
+    """Differences after a step of each engine, both made inside of ``around()``; our status."""
     found = []
     with around():
         for llep in (None, {}):
@@ -271,17 +267,18 @@ def one_step(around, stage: int, seed: int, kind=natives.Model, compiled=False, 
 
 @contextlib.contextmanager
 def logger_restored():
+    """As before afterwards: all engines of a process share it."""
     with mock.patch.object(comms_logger, "enabled", False):
         yield
 
 
-on_cpu = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
+ON_CPU = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
 # What is around the engines, and what they are made with.
 WAYS = {
-    "reentrant": (nothing, {"stage": 2, "kind": Checkpointed}),
-    "non-reentrant": (nothing, {"stage": 1, "kind": NonReentrant}),
-    "offload, ZeRO-1": (nothing, {"stage": 1, **on_cpu}),
-    "offload, ZeRO-2": (nothing, {"stage": 2, **on_cpu}),
+    "reentrant": (contextlib.nullcontext, {"stage": 2, "kind": Checkpointed}),
+    "non-reentrant": (contextlib.nullcontext, {"stage": 1, "kind": NonReentrant}),
+    "offload, ZeRO-1": (contextlib.nullcontext, {"stage": 1, **ON_CPU}),
+    "offload, ZeRO-2": (contextlib.nullcontext, {"stage": 2, **ON_CPU}),
     "data before experts": (new_groups, {"stage": 2, "use_data_before_expert_parallelism": True}),
     "communication logged": (logger_restored, {"stage": 1, "comms_logger": {"enabled": True}}),
 }
@@ -294,7 +291,7 @@ def test_ways_to_train(pools, way, seed):
 
 
 def test_compiled(pools, seed):
-    check(pools(2).run(one_step, nothing, 2, seed, compiled=True), seed)
+    check(pools(2).run(one_step, contextlib.nullcontext, 2, seed, compiled=True), seed)
 
 
 def inference(seed: int):
