@@ -20,7 +20,7 @@ from typing import Any
 
 import deepspeed.comm as dist
 import numpy as np
-from torch.distributed import get_node_local_rank, get_process_group_ranks
+from torch.distributed import all_gather_object, get_node_local_rank, get_process_group_ranks
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class RankTable:
         """
         group_index, local_rank = dist.get_rank(group=edp_group), get_node_local_rank(-1)
         ranks = tuple(get_process_group_ranks(ep_group))
-        everyone = _all_gather(
+        everyone = all_gather(
             (group_index, ranks, local_rank, socket.gethostname(), _started_by_mpi())
         )
         groups = dict(sorted((index, ranks) for index, ranks, *_ in everyone))
@@ -142,12 +142,14 @@ def _mpi_nodes() -> list[int]:
     near = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
     first = near.allreduce(dist.get_rank(), op=mpi.MIN)
     near.Free()
-    return _all_gather(first)
+    return all_gather(first)
 
 
-def _all_gather(value: object) -> list:
+def all_gather(value: object) -> list:
+    """The values of all ranks, by rank. A collective over all processes."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    # Not deepspeed.comm's: where "comms_logger" is enabled, that one ends the process.
+    all_gather_object(everyone, value)
     return everyone
 
 

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import deepspeed.comm as dist
-
 from ds_llep.config import SECTION, CostConfig, GivenRates
 from ds_llep.costs import Costs
 from ds_llep.kernels.planner_cost import library
-from ds_llep.ranks import on_rank_0
+from ds_llep.ranks import all_gather, on_rank_0
 
 PICOSECONDS = 10**12
 UNITS = {
@@ -189,13 +187,11 @@ def _on_first_rank(work: Callable[[], object]) -> object:
 
 def _on_every_rank(work: Callable[[], object]) -> None:
     """One rank's error becomes an error on every rank."""
-    errors: list = [None] * dist.get_world_size()
+    failure = None
     try:
         work()
-        error = None
-    except Exception as raised:  # whatever it is, the others wait for an answer
-        error = str(raised)
-    dist.all_gather_object(errors, error)
-    for rank, error in enumerate(errors):
+    except Exception as error:  # whatever it is, the others wait for an answer
+        failure = str(error)
+    for rank, error in enumerate(all_gather(failure)):
         if error is not None:
             raise ValueError(f"rank {rank}: {error}")

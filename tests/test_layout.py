@@ -35,7 +35,7 @@ ROOMS = {
     "mlp": ({"activation", "biased", "low_rank"} | KERNELS, {"numpy", "torch"}),
     "gpt_oss": ({"biased"}, {"torch", "deepspeed.module_inject", "deepspeed.moe.ep_repack"}),
     "ranks": (set(), {"numpy", "torch", "deepspeed.comm"}),
-    "rates": ({"config", "costs", "kernels.planner_cost", "ranks"}, {"deepspeed.comm"}),
+    "rates": ({"config", "costs", "kernels.planner_cost", "ranks"}, set()),
     "probe": (
         {"config", "ranks", "rates"} | KERNELS,
         {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"},
