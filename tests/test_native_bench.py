@@ -1,4 +1,4 @@
-"""ds-llep moe: the workload is routed, every byte that travels counted, a wrong result not timed."""
+"""ds-llep moe: routes the workload, counts every byte that travels, times no wrong result."""
 
 from __future__ import annotations
 

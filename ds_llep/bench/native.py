@@ -15,7 +15,7 @@ capacity is the most tokens that any rank has for an expert: with one hot expert
 rank's tokens. A forward+backward of a layer then takes up to E x capacity x (5 D + 2 F) elements,
 5 F with --gated, and the reference as many of twice the size. The defaults on GPUs take 25 GB that
 way at 95:1 in bfloat16 and 50 GB in the reference; with --gated 46 and 92 GB. Weights, their
-gradients and both in higher precision take 12 GB more on each of two ranks, 18 GB with --gated.
+gradients and both in higher precision take 10 GB more on each of two ranks, 14 GB with --gated.
 """
 
 from __future__ import annotations
