@@ -12,7 +12,7 @@ may be twice DeepSpeed's own. Where it is more, there is no time and the exit co
 
 Without dropping, DeepSpeed sends and computes blocks of E x capacity rows on every rank, where
 capacity is the most tokens that any rank has for an expert: with one hot expert, about E times a
-rank's tokens. A forward+backward of a layer then takes up to E x capacity x (5 D + 2 F) elements,
+rank's tokens. A forward+backward of a layer then takes about E x capacity x (5 D + 2 F) elements,
 5 F with --gated, and the reference as many of twice the size. The defaults on GPUs take 25 GB that
 way at 95:1 in bfloat16 and 50 GB in the reference; with --gated 46 and 92 GB. Weights, their
 gradients and both in higher precision take 10 GB more on each of two ranks, 14 GB with --gated.
