@@ -16,6 +16,7 @@ from ds_llep.run import split_launcher_args
 COMMANDS = {  # name: (module, what it does)
     "bench": ("ds_llep.bench.run", "time MoE layers: AutoEP against llep, skewed and balanced"),
     "model": ("ds_llep.bench.model", "time fine-tuning steps of a whole model, likewise"),
+    "moe": ("ds_llep.bench.native", "time DeepSpeed's own MoE layers, with and without llep"),
     "memory": ("ds_llep.bench.budget", "estimate a GPU's memory in fine-tuning, and what fits"),
     "simulate": ("ds_llep.bench.simulate", "predict step times on machines that are not at hand"),
     "calibrate": ("ds_llep.bench.calibrate", "measure this machine's rates for simulate"),

@@ -36,7 +36,33 @@ WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
 
 class WrongResults(Exception):
-    """llep's results are not AutoEP's; says where and by how much."""
+    """llep's results are not the baseline's; says where and by how much."""
+
+
+def refuse_wrong(
+    workload: str, errors: dict[str, tuple[float, float]], wide: torch.dtype, baseline: str
+) -> None:
+    """llep's error may be twice the baseline's plus 1e-6.
+
+    Args:
+        workload: its name.
+        errors: llep's and the baseline's, relative, by what they are the errors of.
+        wide: what the reference was computed in.
+        baseline: its name.
+
+    Raises:
+        WrongResults: which errors are larger.
+    """
+    wrong = {
+        name: f"{ours:.2e} ({baseline}'s {theirs:.2e})"
+        for name, (ours, theirs) in errors.items()
+        if not ours <= 2 * theirs + 1e-6
+    }
+    if wrong:
+        raise WrongResults(
+            f"workload {workload}: llep's results are wrong, so no time is given: the relative "
+            f"error against {wide} is {wrong}"
+        )
 
 
 class Session:
@@ -130,18 +156,9 @@ class Session:
             found = results(stack, *tokens)
             errors[mode] = {name: relative_error(found[name], exact[name]) for name in exact}
             del found
-        record = self.records[workload, "llep"]
-        record["errors"] = {name: (errors["llep"][name], errors["ep"][name]) for name in exact}
-        wrong = {
-            name: f"{ours:.2e} (AutoEP's {theirs:.2e})"
-            for name, (ours, theirs) in record["errors"].items()
-            if not ours <= 2 * theirs + 1e-6
-        }
-        if wrong:
-            raise WrongResults(
-                f"workload {workload}: llep's results are wrong, so no time is given: the relative "
-                f"error against {wide} is {wrong}"
-            )
+        pairs = {name: (errors["llep"][name], errors["ep"][name]) for name in exact}
+        self.records[workload, "llep"]["errors"] = pairs
+        refuse_wrong(workload, pairs, wide, "AutoEP")
 
     def _prepare(self, stack: Stack, workload: str, step: int) -> None:
         for index, layer in enumerate(stack.layers):

@@ -31,7 +31,7 @@ from ds_llep.layer import LLEPMoELayer
 from ds_llep.monitor import Statistics
 from ds_llep.probe import measure_rates
 from ds_llep.ranks import RankTable
-from ds_llep.rates import H200, find_rates
+from ds_llep.rates import H200, Rates, find_rates
 
 CLASSES = {  # of layers, of their experts without and with biases
     "ep": (AutoEPMoELayer, GroupedExperts, BiasedExperts),
@@ -107,17 +107,28 @@ def shard(stack: Stack, section: dict, config: LLEPConfig) -> Statistics:
         layer.set_deepspeed_parallelism()
         layer.to(get_accelerator().current_device_name())
     named = {f"layer {index}": layer for index, layer in enumerate(stack.layers)}
+    exchange, rates = make_exchange(ep_size, config, next(stack.parameters()).dtype)
+    return adopt(named, config, exchange, rates=rates)
+
+
+def make_exchange(ep_size: int, config: LLEPConfig, dtype: torch.dtype) -> tuple[Exchange, Rates]:
+    """What llep's layers share when they move weights, and what planner "cost" reckons with.
+
+    The EP groups exist. All ranks call: rates may be measured.
+    """
+    name = f"ep_size_{ep_size}"
+    ep_group = groups._get_expert_parallel_group(name)
     table, rates = RankTable.of_group(ep_group), H200
     if config.planner == "cost":
-        edp_group = groups._get_expert_data_parallel_group(f"ep_size_{ep_size}")
+        edp_group = groups._get_expert_data_parallel_group(name)
         table = RankTable.gather(ep_group, edp_group, config.cost.ranks_per_node)
-        settings = config.kernels, next(stack.parameters()).dtype
+        settings = config.kernels, dtype
         rates, _ = find_rates(config.cost, partial(measure_rates, table, ep_group, *settings))
         table = table.alone()
     exchange = Exchange(
         table, ep_group, sharded=False, always_ready=True, cache=config.weight_cache
     )
-    return adopt(named, config, exchange, rates=rates)
+    return exchange, rates
 
 
 def make_engine(
@@ -150,7 +161,7 @@ def switch(layers: Iterable[AutoEPMoELayer], mode: str) -> None:
         layer.experts.__class__ = experts[has_bias(layer.experts)]
 
 
-def results(stack: Stack, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+def results(stack: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
     """Output and gradients of one forward and backward, by name."""
     stack.zero_grad()
     x = x.detach().requires_grad_()
@@ -182,22 +193,31 @@ def set_variant(layers: Iterable[AutoEPMoELayer], variant: dict) -> None:
 
 
 @contextmanager
-def widened(stack: Stack, dtype: torch.dtype) -> Iterator[None]:
-    """The stack's parameters in ``dtype``, and AutoEP's plainest code, as a reference."""
-    narrow = {parameter: parameter.data for parameter in stack.parameters()}
-    settings = [(layer, "combine_impl", "weighted_sum") for layer in stack.layers]
-    for name in ("use_grouped_mm", "use_triton_grouped_mm"):
-        settings += [(layer.experts, name, False) for layer in stack.layers]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+def in_dtype(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The module's parameters in ``dtype``; gradients made with them are gone afterwards."""
+    narrow = {parameter: parameter.data for parameter in module.parameters()}
     try:
         for parameter, data in narrow.items():
             parameter.data = data.to(dtype)
-        for owner, name, value in settings:
-            setattr(owner, name, value)
         yield
     finally:
         for parameter, data in narrow.items():
             parameter.grad = None
             parameter.data = data
+
+
+@contextmanager
+def widened(stack: Stack, dtype: torch.dtype) -> Iterator[None]:
+    """The stack's parameters in ``dtype``, and AutoEP's plainest code, as a reference."""
+    settings = [(layer, "combine_impl", "weighted_sum") for layer in stack.layers]
+    for name in ("use_grouped_mm", "use_triton_grouped_mm"):
+        settings += [(layer.experts, name, False) for layer in stack.layers]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        with in_dtype(stack, dtype):
+            yield
+    finally:
         for owner, name, value in before:
             setattr(owner, name, value)
