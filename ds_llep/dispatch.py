@@ -47,6 +47,16 @@ class Dispatched(NamedTuple):
     """int32 on the device: the row of each copy in each parcel that arrived, else -1."""
 
 
+def give_way(like: torch.Tensor) -> None:
+    """Let a transfer that was just posted begin before a product takes all multiprocessors.
+
+    It starts on another stream, some microseconds after what comes next on this one would, and then
+    only when a whole product has ended.
+    """
+    if like.is_cuda:
+        torch.cuda._sleep(_HEAD_START)
+
+
 class DispatchBackward:
     """Dispatch's backward of one layer and micro-batch, up to the all-to-all.
 
@@ -74,10 +84,7 @@ class DispatchBackward:
             route.kernels.sum_rows(grad_home, grad_foreign, arrived_UK, out_UD=sums_UD)
             route.kernels.gather_values(grad_scores_N, arrived_UK, out_UK=values_UK)
         self._arriving = _all_to_all(sent, route.recv_splits, route.send_splits, route)
-        if sent.is_cuda:
-            # It starts on another stream, some microseconds after a product that follows on this
-            # one would take all multiprocessors, and would then wait until that has ended.
-            torch.cuda._sleep(_HEAD_START)
+        give_way(sent)
 
     def finish(self, *gradients: torch.Tensor) -> list[torch.Tensor]:
         """Sums ``[U, D]`` and score gradients ``[U, K]``, of this rank's tokens elsewhere.

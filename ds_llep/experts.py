@@ -28,7 +28,7 @@ import torch
 from deepspeed.moe.ep_experts import GroupedExperts
 
 from ds_llep.activation import Activation
-from ds_llep.dispatch import DispatchBackward
+from ds_llep.dispatch import DispatchBackward, give_way
 from ds_llep.fetch import Exchange, ForeignWeights
 from ds_llep.kernels.select import KernelSet
 from ds_llep.mlp import GatedMLPs, Scales
@@ -193,10 +193,17 @@ class _ExpertMLP(torch.autograd.Function):
             with part("foreign experts backward"):
                 foreign.weight_gradients(foreign_step, foreign_rows, wanted)
                 del foreign_step  # its gate and up gradients are used up
-            with part("gradient return"):
-                homecoming.start()
+
+            def start_return() -> bool:
+                # Not earlier: the home rank would wait for it from now on, on multiprocessors that
+                # its products need, while the helper computes what is to return.
+                travels = homecoming.start()
+                if travels:
+                    give_way(home_rows)
+                return travels
+
             with part("home experts backward"):
-                gradients = home.weight_gradients(home_step, home_rows, wanted)
+                gradients = home.weight_gradients(home_step, home_rows, wanted, start_return)
             with part("gradient return"):
                 homecoming.finish(gradients)
         grad_weights = [None] * len(weights)

@@ -169,10 +169,16 @@ class GatedMLPs:
         return step
 
     def weight_gradients(
-        self, step: HiddenBackward, rows_ND: torch.Tensor, need_weights: Sequence[bool]
+        self,
+        step: HiddenBackward,
+        rows_ND: torch.Tensor,
+        need_weights: Sequence[bool],
+        start: Callable[[], bool] = lambda: False,
     ) -> list[torch.Tensor]:
         """Gradients of the weights as :meth:`of` took them, of the matrices or the factors or both;
         gives back the gate's gradient in between.
+
+        ``start`` is called before the last of them, and says whether it has started a transfer.
         """
         need_matrices, need_factors = need_weights
         factors = []
@@ -183,11 +189,13 @@ class GatedMLPs:
             )
         factors += step.grad_down_factors
         if not need_matrices:
+            start()
             return factors
         # Beside it the gradients of the rows travel.
         grad_w1 = self._gradient(step.grad_gate, rows_ND, out=step.memory[0], beside=True)
         step.grad_gate = None
-        grad_w3 = self._gradient(step.grad_up, rows_ND, out=step.memory[2])
+        travels = start()
+        grad_w3 = self._gradient(step.grad_up, rows_ND, out=step.memory[2], beside=travels)
         return [grad_w1, step.grad_w2, grad_w3, *factors]
 
     def _gradient(

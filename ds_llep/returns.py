@@ -64,13 +64,14 @@ class GradientReturn:
         self._bundles = like.new_empty((self._count, self._layout.numel))
         return self._layout.views(self._bundles)
 
-    def start(self) -> None:
-        """Start to return what :meth:`memory` holds."""
+    def start(self) -> bool:
+        """Start to return what :meth:`memory` holds; whether this rank sends or receives some."""
         if not self._sent:
-            return
+            return False
         places = max(sum(map(len, experts.values())) for experts in self._received)
         self._buffer = self._bundles.new_empty((places, self._layout.numel))
         self._post(0)
+        return bool(self._sent[0] or self._received[0])
 
     def finish(self, gradients: Sequence[torch.Tensor]) -> None:
         """Receive, and add to the home experts' gradients, each ``[M, ., .]``, in place.
