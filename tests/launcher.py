@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from ranks import remove_shared_buffers
+from ranks import free_port, remove_shared_buffers
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,12 +17,6 @@ def environment(**more: str) -> dict[str, str]:
     """This process's environment, with the repository and its tests first on Python's path."""
     path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]:

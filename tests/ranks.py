@@ -10,9 +10,11 @@ rank is a fresh process with a device of its own (NCCL).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
@@ -93,7 +95,7 @@ class RankPool:
         else:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
-        port = self._port = _free_port()
+        port = self._port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -146,7 +148,10 @@ def _rank_main(rank: int, world_size: int, port: int, pipe: Any, path: list[str]
         pipe.send(answer)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port() -> int:
+    """A port that nobody listens on, of those that no connection gets before the ranks listen."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # below Linux' ephemeral ones
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port

@@ -13,9 +13,9 @@ import engines
 import families
 import pytest
 from deepspeed.runtime.engine import DeepSpeedEngine
-from launcher import ROOT, free_port
+from launcher import ROOT
 from launcher import run as launch
-from ranks import remove_shared_buffers
+from ranks import free_port, remove_shared_buffers
 
 import ds_llep
 

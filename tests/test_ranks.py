@@ -17,7 +17,8 @@ import pytest
 from deepspeed.utils import groups
 from hypothesis import given
 from hypothesis import strategies as st
-from launcher import free_port, run
+from launcher import run
+from ranks import free_port
 
 from ds_llep.ranks import RankTable, launched_nodes
 
@@ -171,7 +172,7 @@ def test_training_under_mpi(tmp_path, seed):
     port = free_port()
     # Other mappings of more ranks than cores may number local ranks otherwise than DeepSpeed does.
     command = [mpirun(), "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
-    command += ["--timeout", "180", "-n", "4"]  # then mpirun ends all ranks
+    command += ["--timeout", "500", "-n", "4"]  # then mpirun ends all ranks
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     command += [sys.executable, "train.py", str(port), str(seed)]

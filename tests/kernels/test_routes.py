@@ -237,7 +237,7 @@ def test_triton_makes_the_same_maps(small_blocks, routing, rank):
 def test_several_blocks(size, kernels, monkeypatch, seed):
     P, M, K, T, block = size
     monkeypatch.setattr(counts, "TOKENS", block)
-    ids = draw_ids(P, P * M, K, [T, 40, T], 3.0, False, seed)[:P]
+    ids = draw_ids(P, P * M, K, [T, 40, T], P * M, False, seed)[:P]
     plan = lla(ids, P * M)
     assert plan.spills
     route, maps = route_of(ids, plan, 0, kernels)
