@@ -34,22 +34,22 @@ Matched = Mapping[torch.nn.Parameter, Tensors]
 """For each parameter of one expert, those of all."""
 
 _FUNCTIONS = (
-    *("abs", "add", "clamp", "div", "exp", "mul", "neg", "pow", "relu", "rsub", "sigmoid"),
-    *("sqrt", "square", "sub", "tanh", "true_divide"),
+    *("abs", "add", "clamp", "div", "exp", "mul", "neg", "pow", "relu", "sigmoid", "sqrt"),
+    *("square", "sub", "tanh"),
 )
-_METHODS = ("__pow__", "__rpow__", "__rsub__", "__rdiv__", "__rtruediv__", "float", "to", "type_as")
+_METHODS = *_FUNCTIONS, "__pow__", "__rpow__", "__rsub__", "__rdiv__", "float", "to", "type_as"
 _ACTIVATIONS = (
     *("elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish"),
     *("relu", "relu6", "sigmoid", "silu", "softplus", "tanh"),
 )
 _ELEMENTWISE = {
     *(getattr(torch, name) for name in _FUNCTIONS),
-    *(getattr(torch.Tensor, name) for name in _FUNCTIONS if hasattr(torch.Tensor, name)),
-    *(getattr(torch.Tensor, name) for name in _METHODS if hasattr(torch.Tensor, name)),
+    *(getattr(torch.Tensor, name) for name in _METHODS),
     *(getattr(functional, name) for name in _ACTIVATIONS),
 }
 _PLAIN = bool, int, float, str, torch.dtype
 _DTYPE = torch.Tensor.dtype.__get__
+_OWN_CALLS = "forward", "_compiled_call_impl"  # where a module itself has them, not its class
 _NOT_SETTINGS = vars(Module()).keys() - {"training"}
 
 
@@ -81,18 +81,21 @@ def _look(module: Module, settings: list[Any], parameters: list[torch.Tensor]) -
     """Add what a module and those in it have; False where it may do more than its class says."""
     held = vars(module)
     if (
-        held["_buffers"]
+        isinstance(module, torch.jit.ScriptModule)
+        or held["_buffers"]
         or held["_forward_hooks"]
         or held["_forward_pre_hooks"]
         or held["_backward_hooks"]
         or held["_backward_pre_hooks"]
-        or "forward" in held
+        or not held.keys().isdisjoint(_OWN_CALLS)
     ):
         return False
     settings.append(type(module))
     settings += [item for item in held.items() if item[0] not in _NOT_SETTINGS]
     for name, parameter in held["_parameters"].items():
         if parameter is not None:
+            if type(parameter) is not torch.nn.Parameter:
+                return False
             settings.append(name)
             parameters.append(parameter)
     for name, child in held["_modules"].items():
@@ -110,7 +113,7 @@ def can_group(experts: Sequence[Module], hidden_size: int, kernels: KernelSet) -
     own = {parameter: (parameter,) for parameter in parameters}
     rows_ND = next(iter(own)).new_ones((2, hidden_size))
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # without it, autograd functions look like any others
             return compute_together(experts[0], own, rows_ND, (2,), kernels) is not None
     except Exception:  # a layer that needs autocast, say
         return False
@@ -256,7 +259,6 @@ class _Linear(torch.autograd.Function):
         weights, (need_rows, _, _, *need) = tensors[:size], ctx.needs_input_grad
         need_weights, need_biases = any(need[:size]), any(need[size:])
         grad_rows, grad_weights, grad_biases = None, [None] * size, [None] * len(need[size:])
-        groups = list(_by_group(counts, rows_ND, grad_NF))
         if is_one_kernel(rows_ND, weights[0]):
             if need_rows:
                 grad_rows = kernels.product(grad_NF, _joined(weights), counts, transpose=False)
@@ -266,12 +268,10 @@ class _Linear(torch.autograd.Function):
                 found_GF = kernels.gradient_of_bias(grad_NF, counts, None)
                 grad_biases = found_GF.to(grad_NF.dtype).unbind()
         else:
+            groups = list(_by_group(counts, rows_ND, grad_NF))
             if need_rows:
-                grad_rows = torch.empty_like(rows_ND)
-                for weight, (target, grad) in zip(
-                    weights, _by_group(counts, grad_rows, grad_NF), strict=True
-                ):
-                    torch.mm(grad, weight, out=target)
+                pairs = zip(weights, groups, strict=True)
+                grad_rows = torch.cat([torch.mm(grad, weight) for weight, (_, grad) in pairs])
             if need_weights:
                 grad_weights = [torch.mm(grad.t(), rows) for rows, grad in groups]
             if need_biases:
