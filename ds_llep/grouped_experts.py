@@ -81,8 +81,7 @@ def _look(module: Module, settings: list[Any], parameters: list[torch.Tensor]) -
     """Add what a module and those in it have; False where it may do more than its class says."""
     held = vars(module)
     if (
-        isinstance(module, torch.jit.ScriptModule)
-        or held["_buffers"]
+        held["_buffers"]
         or held["_forward_hooks"]
         or held["_forward_pre_hooks"]
         or held["_backward_hooks"]
