@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, cycle, islice, repeat
 from math import prod
 
 import deepspeed.comm as dist
@@ -98,44 +98,32 @@ def compute(
     return (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
 
 
-def compute_home(
+def compute_all(
     experts: Sequence[torch.nn.Module],
     rows_ND: torch.Tensor,
     counts: Sequence[int],
     kernels: KernelSet | None,
+    lent: Sequence[dict[str, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """The home experts' output for their rows, ``[N, D]``, each also where it has no rows.
+    """The experts' output for their rows, ``[N, D]``, each also where it has no rows.
 
     Args:
-        experts: on this rank.
+        experts: at home here.
         rows_ND: expert after expert.
         counts: rows of each expert.
         kernels: what products for all experts at once run as; None: one expert after the other.
+        lent: of foreign experts, tensors for the first home expert, in the order of its layout.
     """
+    experts = experts if lent is None else experts[:1]
     if kernels is not None and (parameters := match_parameters(experts)):
+        if lent is not None:
+            tensors = zip(*(each.values() for each in lent), strict=True)
+            parameters = dict(zip(parameters, tensors, strict=True))
         out_ND = compute_together(experts[0], parameters, rows_ND, counts, kernels)
         if out_ND is not None:
             return out_ND
-    groups = zip(experts, rows_ND.split(counts), strict=True)
-    return torch.cat([compute(expert, rows) for expert, rows in groups])
-
-
-def _compute_lent(
-    module: torch.nn.Module,
-    tensors: Sequence[dict[str, torch.Tensor]],
-    rows_ND: torch.Tensor,
-    counts: Sequence[int],
-    kernels: KernelSet | None,
-) -> torch.Tensor:
-    """Likewise of experts whose tensors a module is lent, by name as in its layout."""
-    if kernels is not None and (parameters := match_parameters([module])):
-        lent = zip(*(each.values() for each in tensors), strict=True)
-        parameters = dict(zip(parameters, lent, strict=True))
-        out_ND = compute_together(module, parameters, rows_ND, counts, kernels)
-        if out_ND is not None:
-            return out_ND
-    groups = zip(rows_ND.split(counts), tensors, strict=True)
-    return torch.cat([compute(module, rows, each) for rows, each in groups])
+    groups = zip(cycle(experts), rows_ND.split(counts), lent or repeat(None), strict=False)
+    return torch.cat([compute(*group) for group in groups])
 
 
 class ForeignModules(ForeignWeights):
@@ -196,7 +184,7 @@ class ForeignJob:
     out_dtype: torch.dtype
     """Of the home experts' output."""
     kernels: KernelSet | None
-    """As for :func:`compute_home`."""
+    """As for :func:`compute_all`."""
 
 
 def compute_foreign(rows_ND: torch.Tensor, job: ForeignJob) -> torch.Tensor:
@@ -225,8 +213,8 @@ class _ForeignExperts(torch.autograd.Function):
             tensors = [job.foreign.module_layout.views(bundle) for bundle in bundles]
             if not tensors:
                 return rows_ND.new_empty(rows_ND.shape, dtype=job.out_dtype)
-            lent = job.foreign.experts[0], tensors
-            return _compute_lent(*lent, rows_ND, job.counts, job.kernels).to(job.out_dtype)
+            arguments = job.foreign.experts, rows_ND, job.counts, job.kernels, tensors
+            return compute_all(*arguments).to(job.out_dtype)
 
     @staticmethod
     def backward(ctx, grad_ND):
@@ -254,8 +242,7 @@ def _gradients(
     job: ForeignJob, rows_ND: torch.Tensor, bundles: torch.Tensor, grad_ND: torch.Tensor
 ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
     """Gradients of the rows, and of each foreign expert's trained parameters."""
-    layout, module = job.foreign.module_layout, job.foreign.experts[0]
-    names = list(trained(module))
+    layout, names = job.foreign.module_layout, list(trained(job.foreign.experts[0]))
     # One after the other where they are computed so: one expert's graph at a time.
     together = [[count] for count in job.counts]
     if job.kernels is not None and together:
@@ -269,7 +256,7 @@ def _gradients(
         weights = [[each[name].detach().requires_grad_() for name in names] for each in tensors]
         for each, trainable in zip(tensors, weights, strict=True):
             each.update(zip(names, trainable, strict=True))
-        out = _compute_lent(module, tensors, rows, counts, job.kernels)
+        out = compute_all(job.foreign.experts, rows, counts, job.kernels, tensors)
         grad_input, *grads = torch.autograd.grad(
             *(out, [rows, *chain(*weights)], grad.to(out.dtype)),
             materialize_grads=True,

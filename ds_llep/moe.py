@@ -30,8 +30,8 @@ from ds_llep.bundle import (
     ForeignModules,
     ModuleLayout,
     compute,
+    compute_all,
     compute_foreign,
-    compute_home,
 )
 from ds_llep.config import SECTION
 from ds_llep.counts import Counting
@@ -132,7 +132,7 @@ class BalancedMOELayer(MOELayer):
         rows = dispatch(x_VD, unweighed, route, maps, DispatchBackward(route))
         with part("home experts"):  # each also where it has no rows
             counts = route.rows_per_slot[: len(experts)]
-            out_home = compute_home(experts, rows.home_rows, counts, kernels)
+            out_home = compute_all(experts, rows.home_rows, counts, kernels)
         job = ForeignJob(
             plan=plan,
             counts=route.rows_per_slot[len(experts) :],
