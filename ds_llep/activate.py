@@ -258,7 +258,8 @@ def status(engine: Any) -> dict[str, Any]:
         and last micro-batch, of ``load_ratio_before``, ``load_ratio_after``, ``bypassed``,
         ``spilled_tokens``, ``foreign_experts`` and ``fetched_experts`` (of all ranks of the group
         together; the latter since the layer last planned, in forward and backward, without those
-        that the cache had), ``capped_tokens``.
+        that the cache had), ``capped_tokens``; for DeepSpeed's own layers also
+        ``grouped_experts``: whether a layer's experts are computed together.
 
     Raises:
         ValueError: not a DeepSpeed engine, or one made before ds_llep was imported to balance it.
@@ -286,4 +287,5 @@ def status(engine: Any) -> dict[str, Any]:
         "weight_source_reason": activation.weight_source_reason,
         "kernels": select_kernels(activation.config.kernels, torch.device(engine.device)).name,
         **activation.statistics.last(),
+        **convert.status(engine.module),
     }

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, cycle, islice, repeat
 from math import prod
 
 import deepspeed.comm as dist
@@ -24,6 +25,8 @@ from torch.func import functional_call
 
 from ds_llep.dispatch import offsets
 from ds_llep.fetch import Exchange, ForeignWeights
+from ds_llep.grouped_experts import compute_together, match_parameters
+from ds_llep.kernels.select import KernelSet
 from ds_llep.plan import Plan
 from ds_llep.returns import GradientReturn
 from ds_llep.timeline import part
@@ -95,6 +98,34 @@ def compute(
     return (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
 
 
+def compute_all(
+    experts: Sequence[torch.nn.Module],
+    rows_ND: torch.Tensor,
+    counts: Sequence[int],
+    kernels: KernelSet | None,
+    lent: Sequence[dict[str, torch.Tensor]] | None = None,
+) -> torch.Tensor:
+    """The experts' output for their rows, ``[N, D]``, each also where it has no rows.
+
+    Args:
+        experts: at home here.
+        rows_ND: expert after expert.
+        counts: rows of each expert.
+        kernels: what products for all experts at once run as; None: one expert after the other.
+        lent: of foreign experts, tensors for the first home expert, in the order of its layout.
+    """
+    experts = experts if lent is None else experts[:1]
+    if kernels is not None and (parameters := match_parameters(experts)):
+        if lent is not None:
+            tensors = zip(*(each.values() for each in lent), strict=True)
+            parameters = dict(zip(parameters, tensors, strict=True))
+        out_ND = compute_together(experts[0], parameters, rows_ND, counts, kernels)
+        if out_ND is not None:
+            return out_ND
+    groups = zip(cycle(experts), rows_ND.split(counts), lent or repeat(None), strict=False)
+    return torch.cat([compute(*group) for group in groups])
+
+
 class ForeignModules(ForeignWeights):
     """Foreign experts that are modules; the bundles of :meth:`wait` are uint8 ``[n, nbytes]``.
 
@@ -152,6 +183,8 @@ class ForeignJob:
     exchange: Exchange
     out_dtype: torch.dtype
     """Of the home experts' output."""
+    kernels: KernelSet | None
+    """As for :func:`compute_all`."""
 
 
 def compute_foreign(rows_ND: torch.Tensor, job: ForeignJob) -> torch.Tensor:
@@ -177,14 +210,11 @@ class _ForeignExperts(torch.autograd.Function):
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.job = job
         with part("foreign experts"):
-            layout, module = job.foreign.module_layout, job.foreign.experts[0]
-            outputs = [
-                compute(module, rows, layout.views(bundle))
-                for rows, bundle in zip(rows_ND.split(job.counts), bundles, strict=True)
-            ]
-        if not outputs:
-            return rows_ND.new_empty(rows_ND.shape, dtype=job.out_dtype)
-        return torch.cat(outputs).to(job.out_dtype)
+            tensors = [job.foreign.module_layout.views(bundle) for bundle in bundles]
+            if not tensors:
+                return rows_ND.new_empty(rows_ND.shape, dtype=job.out_dtype)
+            arguments = job.foreign.experts, rows_ND, job.counts, job.kernels, tensors
+            return compute_all(*arguments).to(job.out_dtype)
 
     @staticmethod
     def backward(ctx, grad_ND):
@@ -212,20 +242,29 @@ def _gradients(
     job: ForeignJob, rows_ND: torch.Tensor, bundles: torch.Tensor, grad_ND: torch.Tensor
 ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
     """Gradients of the rows, and of each foreign expert's trained parameters."""
-    layout, module = job.foreign.module_layout, job.foreign.experts[0]
-    names = list(trained(module))
+    layout, names = job.foreign.module_layout, list(trained(job.foreign.experts[0]))
+    # One after the other where they are computed so: one expert's graph at a time.
+    together = [[count] for count in job.counts]
+    if job.kernels is not None and together:
+        together = [job.counts]
+    sizes = [sum(counts) for counts in together]
     grad_rows, gradients = torch.empty_like(rows_ND), []
-    groups = zip(*(t.split(job.counts) for t in (rows_ND, grad_ND, grad_rows)), strict=True)
-    for (rows, grad, target), bundle in zip(groups, bundles, strict=True):
-        tensors = layout.views(bundle)
-        rows = rows.detach().requires_grad_()
-        weights = [tensors[name].detach().requires_grad_() for name in names]
-        out = compute(module, rows, {**tensors, **dict(zip(names, weights, strict=True))})
+    parts = zip(*(t.split(sizes) for t in (rows_ND, grad_ND, grad_rows)), strict=True)
+    bundles = bundles.split([len(counts) for counts in together])
+    for counts, some, (rows, grad, target) in zip(together, bundles, parts, strict=True):
+        tensors, rows = [layout.views(bundle) for bundle in some], rows.detach().requires_grad_()
+        weights = [[each[name].detach().requires_grad_() for name in names] for each in tensors]
+        for each, trainable in zip(tensors, weights, strict=True):
+            each.update(zip(names, trainable, strict=True))
+        out = compute_all(job.foreign.experts, rows, counts, job.kernels, tensors)
         grad_input, *grads = torch.autograd.grad(
-            out, [rows, *weights], grad.to(out.dtype), materialize_grads=True, allow_unused=True
+            *(out, [rows, *chain(*weights)], grad.to(out.dtype)),
+            materialize_grads=True,
+            allow_unused=True,
         )
         target.copy_(grad_input)
-        gradients.append(grads)
+        grads = iter(grads)
+        gradients += [list(islice(grads, len(names))) for _ in counts]
     return grad_rows, gradients
 
 

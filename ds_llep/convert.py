@@ -13,6 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from ds_llep.bundle import ModuleLayout, trained
 from ds_llep.config import SECTION, LLEPConfig
 from ds_llep.fetch import Exchange
+from ds_llep.grouped_experts import can_group
+from ds_llep.kernels.select import select_kernels
 from ds_llep.moe import BalancedMOELayer, MoE, MoEContext
 from ds_llep.monitor import Statistics
 from ds_llep.rates import H200, Rates
@@ -23,6 +25,12 @@ def find_layers(model: Module) -> dict[str, deepspeed.moe.layer.MoE]:
     """DeepSpeed's MoE layers in a model, by name."""
     native = deepspeed.moe.layer.MoE
     return {name: module for name, module in model.named_modules() if isinstance(module, native)}
+
+
+def status(model: Module) -> dict[str, list[bool]]:
+    """What :func:`ds_llep.status` says of these layers alone; nothing where there are none."""
+    contexts = [layer.deepspeed_moe.llep for layer in find_layers(model).values()]
+    return {"grouped_experts": [context.grouped for context in contexts]} if contexts else {}
 
 
 def check_native(ds_config: Any, config: LLEPConfig, in_pipeline: bool, tp_size: int) -> None:
@@ -126,5 +134,9 @@ def adopt(
             layer.__class__ = MoE
         inner = layer.deepspeed_moe
         inner.__class__ = BalancedMOELayer
-        inner.llep = MoEContext(config, name, index, statistics, exchange, rates)
+        experts, gate = inner.experts.deepspeed_experts, inner.gate.wg.weight
+        kernels = select_kernels(config.kernels, gate.device)
+        grouped = can_group(experts, gate.shape[1], kernels)
+        context = config, name, index, statistics, exchange, rates
+        inner.llep = MoEContext(*context, grouped=grouped)
     return statistics

@@ -25,7 +25,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.sharded_moe import MOE_TIMER, MOELayer, _sparse_decode
 
-from ds_llep.bundle import ForeignJob, ForeignModules, ModuleLayout, compute, compute_foreign
+from ds_llep.bundle import (
+    ForeignJob,
+    ForeignModules,
+    ModuleLayout,
+    compute,
+    compute_all,
+    compute_foreign,
+)
 from ds_llep.config import SECTION
 from ds_llep.counts import Counting
 from ds_llep.dispatch import DispatchBackward, combine, dispatch
@@ -52,6 +59,8 @@ class MoEContext(LayerContext):
 
     tried: bool = False
     """Whether an expert was found, in training, to do the same on every rank."""
+    grouped: bool = False
+    """Whether experts are computed together; each call that this cannot serve does without."""
 
     def prepare_modules(self, layout: ModuleLayout, x_TD: torch.Tensor, ep_size: int) -> None:
         """Settle what depends on the dtype and the device that the layer runs in.
@@ -119,10 +128,11 @@ class BalancedMOELayer(MOELayer):
             with part("fetch"):
                 foreign.start()
         unweighed = x_VD.new_zeros((len(x_VD), 1))
+        kernels = context.kernels if context.grouped else None
         rows = dispatch(x_VD, unweighed, route, maps, DispatchBackward(route))
         with part("home experts"):  # each also where it has no rows
-            rows_M = rows.home_rows.split(route.rows_per_slot[: len(experts)])
-            out_home = torch.cat([compute(*pair) for pair in zip(experts, rows_M, strict=True)])
+            counts = route.rows_per_slot[: len(experts)]
+            out_home = compute_all(experts, rows.home_rows, counts, kernels)
         job = ForeignJob(
             plan=plan,
             counts=route.rows_per_slot[len(experts) :],
@@ -130,6 +140,7 @@ class BalancedMOELayer(MOELayer):
             keep=keep_foreign,
             exchange=exchange,
             out_dtype=out_home.dtype,
+            kernels=kernels,
         )
         out_foreign = compute_foreign(rows.foreign_rows, job)
         y_VD = combine(out_home, out_foreign, rows.arrived_UK, route, maps)

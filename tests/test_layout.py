@@ -60,8 +60,10 @@ ROOMS = {
         | KERNELS,
         {"torch", "deepspeed.module_inject.auto_ep_layer"},
     ),
+    "grouped_experts": (KERNELS, {"numpy", "torch"}),
     "bundle": (
-        {"dispatch", "fetch", "plan", "returns", "timeline", "workspace"},
+        {"dispatch", "fetch", "grouped_experts", "plan", "returns", "timeline", "workspace"}
+        | KERNELS,
         {"torch", "deepspeed.comm"},
     ),
     "moe": (
@@ -70,7 +72,8 @@ ROOMS = {
         {"torch", "deepspeed.accelerator", "deepspeed.moe"},
     ),
     "convert": (
-        {"bundle", "config", "fetch", "moe", "monitor", "rates", "recorder"},
+        {"bundle", "config", "fetch", "grouped_experts", "moe", "monitor", "rates", "recorder"}
+        | KERNELS,
         {"torch", "deepspeed.moe"},
     ),
     "adapters": ({"mlp", "whole"}, {"torch", "deepspeed"}),
