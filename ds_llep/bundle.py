@@ -19,7 +19,6 @@ from functools import cached_property
 from itertools import chain, cycle, islice, repeat
 from math import prod
 
-import deepspeed.comm as dist
 import torch
 from torch.func import functional_call
 
@@ -66,13 +65,11 @@ class ModuleLayout:
             for name, shape, dtype, at in fields
         }
 
-    def pack(self, module: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
-        """A new bundle with the module's tensors as they are now, on ``like``'s device."""
-        bundle = like.new_empty(self.nbytes, dtype=torch.uint8)
+    def pack(self, module: torch.nn.Module, bundle: torch.Tensor) -> None:
+        """Put the module's tensors, as they are now, into a bundle."""
         views = self.views(bundle)
         for name, tensor in _tensors(module):
             views[name].copy_(tensor.detach())
-        return bundle
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -153,21 +150,11 @@ class ForeignModules(ForeignWeights):
         super().__init__(exchange, layer, [whole], plans, like, size, count)
         self.experts, self.module_layout = experts, layout
 
-    def _transfers(self, missing: dict[int, list[tuple[int, int]]]) -> list[dist.P2POp]:
-        table = self._exchange.table
-        workspace = self._workspace() if missing.get(table.rank) else None
-        group = self._exchange.group
-        operations = []
-        for helper, experts in missing.items():
-            for expert, place in experts:
-                home, local = divmod(expert, len(self.experts))
-                if table.rank == helper:
-                    holder = table.own_group[home]
-                    operations.append(dist.P2POp(dist.irecv, workspace[place], holder, group))
-                elif table.ep_rank == home:
-                    source = self.module_layout.pack(self.experts[local], self._like)
-                    operations.append(dist.P2POp(dist.isend, source, helper, group))
-        return operations
+    def _pack(self, experts: Sequence[int]) -> torch.Tensor:
+        bundles = self._like.new_empty((len(experts), self.module_layout.nbytes))
+        for expert, bundle in zip(experts, bundles, strict=True):
+            self.module_layout.pack(self.experts[expert], bundle)
+        return bundles
 
 
 @dataclass(frozen=True, kw_only=True)
