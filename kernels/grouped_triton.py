@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .grouped_triton_rows import (
     _gate_up_kernel,
@@ -24,15 +25,10 @@ from .grouped_triton_rows import (
     plain,
     row_tiles,
 )
-from .grouped_triton_wgrad import _wgrad_kernel, add_parts, scheduled
+from .grouped_triton_wgrad import WorkTables, _wgrad_kernel, add_parts, scheduled
 
 _ALIGNMENT_BYTES = 16
 _INTERPRETED_PROGRAMS = 7
-# Beside a transfer, which takes multiprocessors, programs get so many tiles in a row and are dealt
-# out while others run, so that the other multiprocessors do more. More tiles would be further apart
-# from those that run at the same time, and share less of what they read; with fewer, programs fill
-# their pipelines more often.
-_CHUNK = 4
 
 
 class Tiling(NamedTuple):
@@ -178,7 +174,8 @@ def wgrad(
         grad_NF, rows_ND: [N, F] and [N, D], group after group.
         counts: rows of each group; their sum is N.
         out: [G, F, D] to write to; its group stride may be anything.
-        beside: a transfer is under way.
+        beside: a transfer is under way, which takes multiprocessors: tiles are dealt out while
+            others are worked on, so that the other multiprocessors do more.
         tiling: how it is cut.
 
     Returns:
@@ -196,23 +193,21 @@ def wgrad(
     tiles = (row_tiles_, column_tiles)
     whole, cut = scheduled(counts, row_tiles_ * column_tiles, block_k, programs, device)
     operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
-    if whole.num_items:
-        chunk = _CHUNK if beside else 0
-        grid = (triton.cdiv(whole.num_items, chunk),) if beside else _grid(whole.num_items, rows_ND)
+
+    def launch(work: WorkTables, target: TensorDescriptor, in_parts: bool) -> None:
+        grid = (len(work.starts) - 1,) if beside else _grid(work.num_items, rows_ND)
         _wgrad_kernel[grid](
-            *(*operands, plain(out, (1, block_m, tiling.block_n // 2))),
-            *(whole.segment_of_item, whole.segments, whole.num_items, *tiles, chunk),
-            PARTS=False,
+            *(*operands, target, work.segment_of_item, work.segments, work.starts),
+            *(work.num_items, *tiles, int(beside)),
+            PARTS=in_parts,
             **_meta(tiling),
         )
+
+    if whole.num_items:
+        launch(whole, plain(out, (1, block_m, tiling.block_n // 2)), in_parts=False)
     if cut.num_items:
         parts = torch.empty((cut.num_items, block_m, block_n), dtype=torch.float32, device=device)
-        _wgrad_kernel[_grid(cut.num_items, rows_ND)](
-            *(*operands, plain(parts, (1, block_m, block_n // 4))),
-            *(cut.segment_of_item, cut.segments, cut.num_items, *tiles, 0),
-            PARTS=True,
-            **_meta(tiling),
-        )
+        launch(cut, plain(parts, (1, block_m, block_n // 4)), in_parts=True)
         add_parts(parts, out, cut, tiles, tiling.band)
     return out
 

@@ -29,6 +29,11 @@ _PART_OVERHEAD = 8
 _MOST_PARTS = 16
 _TILES_PER_PROGRAM = 16
 _ALIKE = 0.9
+# Dealt items, a program gets one long one, or short ones in a row until it has so many steps: more
+# would be further apart from those that run at the same time, and share less of what they read;
+# with fewer, programs fill their pipelines more often.
+_STEPS_OF_A_HAND = 64
+_MOST_OF_A_HAND = 16
 _HEIGHT = 16
 
 
@@ -47,30 +52,32 @@ def _store_quarters(target, value, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _walk(num_items, chunk):
+def _walk(starts_ptr, num_items, dealt):
     """This program's items: where they start and end, and the step from one to the next.
 
-    Every so manieth item, from the first on; or, with a chunk, so many in a row, for more programs
-    than run at a time.
+    Every so manieth item, from its first on; or, dealt, some in a row, for more programs than run
+    at a time.
     """
     program = tl.program_id(0)
-    start = tl.where(chunk > 0, program * chunk, program)
-    end = tl.where(chunk > 0, start + chunk, num_items)
-    step = tl.where(chunk > 0, 1, tl.num_programs(0))
-    return start, tl.where(end < num_items, end, num_items), step
+    start = tl.load(starts_ptr + program, mask=dealt > 0, other=0)
+    end = tl.load(starts_ptr + program + 1, mask=dealt > 0, other=0)
+    start = tl.where(dealt > 0, start, program)
+    end = tl.where(dealt > 0, end, num_items)
+    return start, end, tl.where(dealt > 0, 1, tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles", "chunk"])
+@triton.jit(do_not_specialize=["num_items", "num_row_tiles", "num_column_tiles", "dealt"])
 def _wgrad_kernel(
     grad,
     rows,
     out,
     items_ptr,
     segments_ptr,
+    starts_ptr,
     num_items,
     num_row_tiles,
     num_column_tiles,
-    chunk,
+    dealt,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -79,7 +86,7 @@ def _wgrad_kernel(
 ):
     wrap: tl.constexpr = 1073741824
     half: tl.constexpr = BLOCK_N // 2
-    first_item, end, stride = _walk(num_items, chunk)
+    first_item, end, stride = _walk(starts_ptr, num_items, dealt)
     for item in tl.range(first_item, end, stride, flatten=True):
         segment_ptr = segments_ptr + 8 * tl.load(items_ptr + item)
         group = tl.load(segment_ptr)
@@ -165,7 +172,8 @@ class Segment(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Items in the order in which they are taken: program p takes p, p + programs, ..."""
+    """Items in the order in which they are taken: program p takes p, p + programs, ..., or what it
+    is dealt."""
 
     segments: list[Segment]
     num_items: int
@@ -179,6 +187,8 @@ class WorkTables(NamedTuple):
     segments: torch.Tensor
     first_items: torch.Tensor
     """The first item of each tile that is in parts."""
+    starts: torch.Tensor
+    """Where programs start that are dealt items in a row, and where the last one ends."""
 
 
 @remember
@@ -189,13 +199,25 @@ def scheduled(
     found = []
     for work in schedule(counts, tiles, block_k, programs):
         segments = np.array(work.segments, dtype=np.int32).reshape(-1, len(Segment._fields))
-        *_, tiles_of, parts_of, _ = segments.T
+        _, first, last, _, _, tiles_of, parts_of, part_rows = segments.T
         # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
         segment_of_item = np.repeat(np.arange(len(segments), dtype=np.int32), tiles_of * parts_of)
         parts = np.repeat(parts_of, np.where(parts_of > 1, tiles_of, 0))
-        tables = segment_of_item, segments, parts.cumsum(dtype=np.int32) - parts
+        first_items = parts.cumsum(dtype=np.int32) - parts
+        steps = np.maximum(-(-np.minimum(last - first, part_rows) // block_k), 1)
+        starts = _deal(tiles_of * parts_of, steps)
+        tables = segment_of_item, segments, first_items, starts
         found.append(WorkTables(work.num_items, *all_to_device(tables, device)))
     return found
+
+
+def _deal(items: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Where programs start, for segments of so many items that take so many steps each."""
+    hand = np.clip(_STEPS_OF_A_HAND // steps, 1, _MOST_OF_A_HAND)
+    hands = -(-items // hand)
+    nth = np.arange(hands.sum()) - np.repeat(hands.cumsum() - hands, hands)
+    starts = np.repeat(items.cumsum() - items, hands) + nth * np.repeat(hand, hands)
+    return np.append(starts, items.sum()).astype(np.int32)
 
 
 def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> tuple[Work, Work]:

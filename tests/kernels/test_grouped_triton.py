@@ -11,7 +11,7 @@ from ds_llep.kernels import grouped_triton as triton_products
 from ds_llep.kernels import products
 from ds_llep.kernels.grouped_triton import HOPPER, Tiling
 from ds_llep.kernels.grouped_triton_rows import can_pair, row_tiles
-from ds_llep.kernels.grouped_triton_wgrad import schedule
+from ds_llep.kernels.grouped_triton_wgrad import schedule, scheduled
 
 ON_GPU = torch.cuda.is_available()
 TILING = HOPPER if ON_GPU else Tiling(32, 32, 32, warps=4, stages=2, band=2)
@@ -131,13 +131,33 @@ def test_weight_gradient_is_written_where_it_belongs(draw, dtype):
     assert torch.equal(bundle[:, 0], before), draw.seed
 
 
-def test_beside_a_transfer_the_bits_are_the_same(draw, dtype):
-    rows_ND, grad_NF, *_ = inputs(draw, dtype)
+@pytest.mark.parametrize("counts", [COUNTS, [22 * ROWS], [5, 20 * ROWS, 0]], ids=str)
+def test_beside_a_transfer_the_bits_are_the_same(counts, draw, dtype):
+    rows_ND, grad_NF, *_ = inputs(draw, dtype, counts)
     alone, beside = (
-        triton_products.wgrad(grad_NF, rows_ND, COUNTS, beside=beside, tiling=TILING)
+        triton_products.wgrad(grad_NF, rows_ND, counts, beside=beside, tiling=TILING)
         for beside in (False, True)
     )
     assert torch.equal(alone, beside), draw.seed
+
+
+@pytest.mark.parametrize("counts", [[70_000, 66_000] + 62 * [40], 64 * [1024], [0] * 5, [131_072]])
+def test_every_item_is_dealt_once(counts):
+    """A long tile to a program of its own, short ones together."""
+    tables = scheduled(counts, 276, 64, 132, torch.device("cpu"))
+    for work, table in zip(schedule(counts, 276, 64, 132), tables, strict=True):
+        starts = table.starts.tolist()
+        assert starts[0] == 0 and starts[-1] == work.num_items
+        steps = [
+            max(1, -(-min(s.last_row - s.first_row, s.part_rows) // 64))
+            for s in work.segments
+            for _ in range(s.num_tiles * s.parts)
+        ]
+        for first, stop in itertools.pairwise(starts):
+            hand = steps[first:stop]
+            assert 1 <= len(hand) <= 16 and (len(hand) == 1 or sum(hand) <= 64)
+        long = [n for n, count in enumerate(steps) if count > 64]
+        assert set(long) <= set(starts)
 
 
 def test_groups_do_not_reach_each_other(draw, dtype):
