@@ -48,9 +48,18 @@ def settings(top_k: int = 2, **changes) -> NativeSettings:
 
 def measured(**changes) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """The records, and the experts of this rank's tokens in the last repeat, by workload."""
-    session = NativeSession(settings(**changes), device())
-    records = session.run()
-    last = WARM_UPS + REPEATS - 1
+    session, forced = NativeSession(settings(**changes), device()), []
+
+    def noted(gate, ids_TK):
+        forced.append(ids_TK.flatten().tolist())
+        force_choices(gate, ids_TK)
+
+    with mock.patch("ds_llep.bench.native_session.force_choices", noted):
+        records = session.run()
+    steps = WARM_UPS + REPEATS
+    if any(forced):  # not on a rank that has no tokens
+        assert len({tuple(ids) for ids in forced}) >= steps, "not routed anew"
+    last = steps - 1
     return records, {name: batch.ids(last, 0).cpu() for name, batch in session.batches.items()}
 
 
