@@ -16,11 +16,11 @@ if [[ ${1:-} == --lint-only ]]; then
     exit
 fi
 
-# Two at a time, whole files: one core idles while the ranks of the other test start. Not on GPUs,
-# which two tests would have to share.
+# Three at a time on two cores, whole files in the order of conftest.py: cores idle while ranks start
+# and wait for each other. Not on GPUs, which tests would have to share.
 workers=()
 if "$python" -c 'import torch, xdist, sys; sys.exit(torch.cuda.device_count() > 0)' 2>/dev/null; then
-    workers=(-n 2 --dist loadfile)
+    workers=(-n 3 --dist loadfile --no-loadscope-reorder)
 fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

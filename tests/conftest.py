@@ -16,6 +16,8 @@ settings.register_profile(
 settings.load_profile("any machine")
 
 GPUS = torch.cuda.device_count()
+LAUNCH_JOBS = {"test_examples", "test_doors", "test_bad_input", "test_model", "test_bench"}
+LAUNCH_JOBS |= {"test_ranks", "test_run", "test_native_bench"}
 
 
 def pytest_report_header() -> str:
@@ -23,6 +25,11 @@ def pytest_report_header() -> str:
         return "ranks: CPU processes, gloo"
     fewer = f"; tests for 4 ranks run on {GPUS}, with EP sizes to match" if GPUS < 4 else ""
     return f"ranks: {GPUS} GPUs, NCCL{fewer}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no worker is waited for at the end."""
+    items.sort(key=lambda item: item.path.stem not in LAUNCH_JOBS)
 
 
 @pytest.fixture(scope="session")
