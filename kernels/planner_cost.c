@@ -6,7 +6,7 @@
  * experts. A shift aims at a target time, on both ends, so that most ranks are settled by one. Where
  * nobody can relieve the slowest rank within the target, the target is raised, a third of the way.
  * What is found depends on the first target, so several are tried, each nearer to the best time
- * found so far.
+ * found so far. At last, each transfer of the best plan's slowest rank is tried without.
  *
  * Integers, and two IEEE doubles as in Python: every rank finds the same plan. No recursion, memory
  * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone back
@@ -28,10 +28,9 @@ enum { NO_MEMORY = -1, TOO_MANY = -2 };
 enum { SHIFTS = 5000 };             /* of a whole search: a millisecond */
 enum { RANKS = 2 + 4 * KINDS };     /* numbers that are kept for each rank */
 
-/* Where a search starts: all at home, and again with helpers on other nodes first; experts replicated
- * where that spares one, two or four times the transfer, or once and within the target; all at
- * home, and helpers may be filled beyond the target; the best plan so far. */
-enum { HOME, FAR_FIRST, REPLICATED, WITHIN_TARGET = REPLICATED + 3, OVERFILL, BEST, STARTS };
+/* Where a search starts: all at home; experts replicated where that spares more than the transfer,
+ * or so and within the target; the best plan so far. */
+enum { HOME, REPLICATED, WITHIN_TARGET, BEST, STARTS };
 
 static const i64 NO_LIMIT = (i64)1 << 60;
 
@@ -53,7 +52,8 @@ typedef struct {
     i64 *own;     /* [E, P] tokens of each expert on each source rank */
     i64 *of_node; /* [E, P] the same by node, where there are several */
     i64 *load;    /* [E] */
-    i64 *by_load; /* [E] the experts, the largest first */
+    i64 *by_load;  /* [E] the experts, the largest first */
+    i64 *most_own; /* [E] the most tokens on one rank */
     /* What changes: tokens of each expert that each rank and node computes, and the ranks' times. */
     i64 *tokens, *on_node; /* [E, P]; by node where there are several */
     uint8_t *takes;        /* [E, P] a helper has been opened */
@@ -61,6 +61,7 @@ typedef struct {
     int32_t *shared;       /* the experts that have helpers */
     i64 num_shared;
     int32_t *under; /* the ranks below a target */
+    int32_t *computed; /* the experts of a rank */
     i64 *ranks;     /* all of the following, RANKS * P */
     i64 *rows, *time, *in[KINDS], *out[KINDS], *lent[KINDS], *borrowed[KINDS]; /* [P] each */
 } Search;
@@ -175,7 +176,7 @@ static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
 static int shift_if_better(Search *s, i64 e, i64 a, i64 b, i64 q) {
     i64 before = s->time[a];
     shift(s, e, a, b, q);
-    if (s->time[a] < before && s->time[b] < before) return 1;
+    if (s->time[a] < before && s->time[b] < before && s->time[s->home[e]] < before) return 1;
     shift(s, e, b, a, q);
     return 0;
 }
@@ -189,10 +190,18 @@ static i64 needed(const Search *s, i64 g, i64 target, i64 extra, int k) {
     return busy + (over - busy * both + s->costs.row - 1) / s->costs.row;
 }
 
+/* What one expert more to lend, or to borrow, adds to a rank's time: only one of both counts. */
+static i64 lending(const Search *s, i64 r, int k) {
+    return s->lent[k][r] >= s->borrowed[k][r] ? s->costs.weights[k] : 0;
+}
+
+static i64 borrowing(const Search *s, i64 r, int k) {
+    return s->borrowed[k][r] >= s->lent[k][r] ? s->costs.weights[k] : 0;
+}
+
 /* What is left up to `target` of rank h's time when it helps with another home's expert. */
 static i64 left_for(const Search *s, i64 h, i64 target, int k) {
-    int lends_more = s->borrowed[k][h] < s->lent[k][h];
-    return target - s->time[h] - s->costs.expert - (lends_more ? 0 : s->costs.weights[k]);
+    return target - s->time[h] - s->costs.expert - borrowing(s, h, k);
 }
 
 /* Tokens of an expert, up to `cap`, that rank h can take in the time `left`: its own ones first,
@@ -265,18 +274,28 @@ static int before(const Candidate *a, const Candidate *b) {
     return a->expert < b->expert;
 }
 
-/* Relieve rank g by lending one of its home experts to a rank that has none of it. The helper is
+/* The experts that rank g may lend, its own first; how many. With several nodes, a helper lends on:
+ * one that has taken a node's tokens shares them there. */
+static i64 find_experts(Search *s, i64 g) {
+    i64 count = 0;
+    for (i64 e = g * s->M; e < (g + 1) * s->M; e++) s->computed[count++] = e;
+    if (s->nodes > 1 && num_foreign(s, g))
+        for (i64 i = 0; i < s->num_shared; i++)
+            if (s->takes[s->shared[i] * s->P + g]) s->computed[count++] = s->shared[i];
+    return count;
+}
+
+/* Relieve rank g by lending one of its experts to a rank that has none of it. The helper is
  * filled up to `target` or, to `overfill` it, as far as g is: a rank that borrows can lend as many
  * experts at no price, so it may hand on what is too much for it. */
-static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int overfill) {
+static int relieve_lending(Search *s, i64 g, i64 target, int overfill) {
     i64 high = overfill ? s->time[g] : target;
     Candidate best[TRIES];
     int found = 0;
+    i64 count = find_experts(s, g);
     for (int k = 0; k < KINDS; k++) {
-        i64 extra = s->lent[k][g] >= s->borrowed[k][g] ? s->costs.weights[k] : 0;
-        i64 last = -1, want = needed(s, g, target, extra, k);
-        i64 relief = s->costs.row + s->costs.copy[k], heavy = s->time[g] + extra;
-        i64 later = far_first && k == INSIDE ? NO_LIMIT : 0;
+        i64 weights = lending(s, g, k), last = -1, relief = s->costs.row + s->costs.copy[k];
+        i64 wants[] = {needed(s, g, target, weights, k), needed(s, g, target, 0, k)};
         for (int c = 0; c < CANDIDATES; c++) {
             i64 h = -1; /* the ranks of this kind by time */
             for (i64 r = 0; r < s->P; r++)
@@ -286,11 +305,16 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int over
                     h = r;
             if (h < 0 || s->time[h] >= high) break;
             last = s->time[h] * s->P + h;
-            i64 left = left_for(s, h, high, k);
-            if (left < 0 && s->costs.row > s->costs.copy[k]) continue;
-            for (i64 e = g * s->M; e < (g + 1) * s->M; e++) {
-                i64 at = e * s->P, cap = least(want, s->tokens[at + g]);
-                i64 rest = most(heavy - cap * relief, target) + later;
+            i64 lefts[] = {left_for(s, h, high, INSIDE), left_for(s, h, high, BETWEEN)};
+            i64 left_most = most(lefts[INSIDE], lefts[BETWEEN]);
+            if (left_most < 0 && s->costs.row > s->costs.copy[k]) continue;
+            for (i64 i = 0; i < count; i++) {
+                i64 e = s->computed[i], home = s->home[e], at = e * s->P;
+                if (home == h) continue;
+                i64 left = lefts[kind(s, home, h)], heavy = s->time[g] + (g == home ? weights : 0);
+                i64 has = s->tokens[at + g] - (g == home ? 0 : s->min_tokens);
+                i64 cap = least(wants[g != home], has);
+                i64 rest = most(heavy - cap * relief, target);
                 /* Few are worth a closer look: most would not be taken even if they fit. */
                 if (found == TRIES && rest > best[TRIES - 1].left) continue;
                 Candidate new = {rest, least(s->own[at + h], cap), s->time[h], e, h, cap};
@@ -299,13 +323,13 @@ static int relieve_lending(Search *s, i64 g, i64 target, int far_first, int over
                 i64 q = room(s, e, h, left, cap);
                 if (q < s->min_tokens) continue;
                 if (q < cap) {
-                    new.left = most(heavy - q * relief, target) + later;
+                    new.left = most(heavy - q * relief, target);
                     new.own = least(new.own, q), new.tokens = q;
                 }
-                int i = found < TRIES ? found++ : TRIES;
-                for (; i > 0 && before(&new, &best[i - 1]); i--)
-                    if (i < TRIES) best[i] = best[i - 1];
-                if (i < TRIES) best[i] = new;
+                int j = found < TRIES ? found++ : TRIES;
+                for (; j > 0 && before(&new, &best[j - 1]); j--)
+                    if (j < TRIES) best[j] = best[j - 1];
+                if (j < TRIES) best[j] = new;
             }
         }
     }
@@ -321,6 +345,11 @@ static i64 slowest(const Search *s) {
     return g;
 }
 
+/* Whether a rank that helps has more rows than that allows. */
+static int too_many(const Search *s, i64 r) {
+    return num_foreign(s, r) && s->rows[r] > s->max_rows;
+}
+
 /* Take back every transfer without which no rank gets slower than `time`. */
 static void take_back(Search *s, i64 time) {
     for (i64 i = s->num_shared - 1; i >= 0; i--) {
@@ -329,8 +358,7 @@ static void take_back(Search *s, i64 time) {
             if (s->takes[e * s->P + h]) {
                 i64 q = s->tokens[e * s->P + h];
                 shift(s, e, h, home, q);
-                int too_many = num_foreign(s, home) && s->rows[home] > s->max_rows;
-                if (s->time[slowest(s)] > time || too_many)
+                if (s->time[slowest(s)] > time || too_many(s, home))
                     shift(s, e, home, h, q);
             }
     }
@@ -376,41 +404,51 @@ static void restore(Search *s, const Saved *saved) {
 }
 
 /* Let the fastest ranks of a node take tokens of an expert that are on it, as far as `target` allows
- * and as long as the copies between nodes that this spares are worth `times` the transfer. */
-static void replicate_on(Search *s, i64 e, int32_t node, i64 target, i64 times) {
+ * and as long as the copies between nodes that this spares are worth the transfer: the mean of
+ * what it adds to both ends. */
+static void replicate_on(Search *s, i64 e, int32_t node, i64 target) {
     i64 home = s->home[e], at = e * s->P, left = s->of_node[at + node];
     i64 spared = s->costs.copy[BETWEEN] - s->costs.copy[INSIDE];
-    i64 price = times * (s->costs.weights[BETWEEN] + s->costs.expert);
-    while (left >= s->min_tokens && left * spared >= price) {
-        i64 h = -1;
+    while (left >= s->min_tokens) {
+        i64 h = -1, added = lending(s, home, BETWEEN);
+        if (left * spared < s->costs.expert + added / 2) break;
         for (int32_t i = s->first[node]; i < s->first[node + 1]; i++) {
             i64 r = s->member[i];
             if (!s->takes[at + r] && num_foreign(s, r) < s->max_foreign &&
-                (h < 0 || s->time[r] < s->time[h]))
+                (h < 0 || s->time[r] + borrowing(s, r, BETWEEN) <
+                              s->time[h] + borrowing(s, h, BETWEEN)))
                 h = r;
         }
         if (h < 0) break;
         i64 q = least(left, s->tokens[at + home]);
         q = room(s, e, h, left_for(s, h, target, BETWEEN), q);
-        if (q < s->min_tokens || q * spared < price) break;
+        added += borrowing(s, h, BETWEEN);
+        if (q < s->min_tokens || q * spared < s->costs.expert + added / 2) break;
         shift(s, e, home, h, q);
         left -= q;
     }
 }
 
 /* Let ranks take tokens that are on them, or on their nodes, where the copies that this spares are
- * worth `times` the transfer; the largest experts first. */
-static void replicate(Search *s, i64 target, i64 times) {
+ * worth the transfer; the largest experts first. */
+static void replicate(Search *s, i64 target) {
+    i64 copy = most(s->costs.copy[INSIDE], s->costs.copy[BETWEEN]);
+    i64 full = s->costs.expert + least(s->costs.weights[INSIDE], s->costs.weights[BETWEEN]);
     for (i64 i = 0; i < s->E; i++) {
         i64 e = s->by_load[i], home = s->home[e], at = e * s->P;
-        i64 most_spared = s->load[e] * most(s->costs.copy[INSIDE], s->costs.copy[BETWEEN]);
-        if (most_spared < times * least(s->costs.weights[INSIDE], s->costs.weights[BETWEEN])) break;
+        if (!s->num_shared && s->load[e] * copy < full) break; /* the first adds to both ends */
         for (int32_t node = 0; node < s->nodes; node++)
-            if (node != s->node[home]) replicate_on(s, e, node, target, times);
-        for (i64 h = 0; h < s->P; h++) {
+            if (node != s->node[home]) replicate_on(s, e, node, target);
+        int may_pay = 0;
+        for (int k = 0; k < KINDS; k++) {
+            i64 price = s->costs.expert + lending(s, home, k) / 2;
+            may_pay |= s->most_own[e] * s->costs.copy[k] >= price;
+        }
+        for (i64 h = 0; may_pay && h < s->P; h++) {
             int k = kind(s, home, h);
-            i64 price = times * (s->costs.weights[k] + s->costs.expert);
-            i64 q = least(s->own[at + h], s->tokens[at + home]);
+            i64 q = least(s->own[at + h], s->tokens[at + home]), n = at + s->node[h];
+            i64 price = s->costs.expert + (lending(s, home, k) + borrowing(s, h, k)) / 2;
+            if (k == BETWEEN) q = least(q, s->of_node[n] - s->on_node[n]);
             if (q < s->min_tokens || q * s->costs.copy[k] < price) continue;
             if (h == home || s->takes[at + h] || num_foreign(s, h) >= s->max_foreign) continue;
             q = room(s, e, h, left_for(s, h, target, k), q);
@@ -420,12 +458,12 @@ static void replicate(Search *s, i64 target, i64 times) {
 }
 
 /* Relieve the slowest rank until nothing does. */
-static void search(Search *s, i64 target, i64 best, int far_first, int overfill) {
+static void search(Search *s, i64 target, i64 best, int overfill) {
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
         if (relieve_shared(s, g, target)) continue;
-        if (relieve_lending(s, g, target, far_first, overfill)) continue;
+        if (relieve_lending(s, g, target, overfill)) continue;
         if (over <= target / 200) break;
         target += over / 3;
         if (target >= best) break;
@@ -507,6 +545,7 @@ static i64 begin(Search *s, const i64 *counts_PE) {
                 i64 n = counts_PE[p * E + e];
                 s->own[e * P + p] = n;
                 s->load[e] += n;
+                s->most_own[e] = most(s->most_own[e], n);
                 copies += n;
                 if (s->nodes > 1) s->of_node[e * P + s->node[p]] += n;
             }
@@ -544,31 +583,55 @@ static void apply_lla(Search *s, double factor, Spill *spills, i64 *memory) {
                   spills[i].tokens);
 }
 
+/* Keep the plan if it is faster than `best`, which is then its time. */
+static int keep(Search *s, Saved *found, i64 *best) {
+    i64 time = s->time[slowest(s)];
+    if (time >= *best) return 0;
+    take_back(s, time);
+    *best = s->time[slowest(s)], save(s, found);
+    return 1;
+}
+
 /* Search from several starts for plans that are faster than `best`. Returns the best time. */
 static i64 improve(Search *s, const Saved *at_home, Saved *found, i64 best, i64 mean, i64 bound) {
     /* Each target is nearer to the best time by a share of its distance from what no plan beats,
      * rows shared evenly. For each, several starts. */
-    static const i64 shares[] = {0, 60, 40, 25, 15, 10, 5, 2};
-    for (int i = 0, in_vain = 0; i < 8 && in_vain < 3; i++, in_vain++) {
+    static const i64 shares[] = {0, 50, 25, 12, 6, 3};
+    int worth_replicating = 1;
+    for (int i = 0, in_vain = 0; i < 6 && in_vain < 3; i++, in_vain++) {
         i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
         for (int from = 0; from < STARTS && s->shifts > 0; from++) {
-            int replicated = from >= REPLICATED && from < WITHIN_TARGET;
-            if (replicated && i > 0) continue; /* the same start again */
+            if (from == REPLICATED && i > 0) continue; /* the same start again */
             if (from == BEST && !found->count) continue;
-            /* These are for several nodes, or for one, where the rest is soon found. */
-            if (s->nodes == 1 && (from == FAR_FIRST || replicated)) continue;
-            if (s->nodes == 1 && from == WITHIN_TARGET && i > 1) continue;
-            /* On many, the shifts are better spent on what carries less. */
-            if (s->nodes > 1 && from == OVERFILL) continue;
+            int last = s->nodes > 1 ? 3 : 1; /* later ones seldom gain by it */
+            if (from == WITHIN_TARGET && (i > last || !worth_replicating)) continue;
             restore(s, from == BEST ? found : at_home);
-            if (replicated) replicate(s, NO_LIMIT, 1 << (from - REPLICATED));
-            if (from == WITHIN_TARGET) replicate(s, target, 1);
-            if ((replicated || from == WITHIN_TARGET) && !s->num_shared) continue;
-            search(s, target, best, from == FAR_FIRST, from == OVERFILL);
-            if (s->time[slowest(s)] >= best) continue;
-            take_back(s, s->time[slowest(s)]);
-            best = s->time[slowest(s)], save(s, found), in_vain = -1;
+            if (from == REPLICATED) replicate(s, NO_LIMIT), worth_replicating = s->num_shared > 0;
+            if (from == WITHIN_TARGET) replicate(s, target);
+            if ((from == REPLICATED || from == WITHIN_TARGET) && !s->num_shared) continue;
+            /* Either with helpers filled beyond the target or without finds more at times. */
+            int overfill = from == HOME && i % 2 == 0;
+            search(s, target, best, overfill);
+            if (keep(s, found, &best)) in_vain = -1;
         }
+    }
+    return best;
+}
+
+/* Search from the best plan without one of the transfers of its slowest rank, each in turn. Returns
+ * the best time. */
+static i64 reconsider(Search *s, Saved *found, i64 best, i64 bound) {
+    restore(s, found);
+    i64 g = slowest(s);
+    for (i64 i = 0; i < found->count && s->shifts > 0; i++) {
+        Spill spill = found->spills[i];
+        i64 home = s->home[spill.expert];
+        if (g != home && g != spill.helper) continue;
+        restore(s, found);
+        shift(s, spill.expert, spill.helper, home, spill.tokens);
+        if (too_many(s, home)) continue;
+        search(s, best - (best - bound) / 20, best, 1);
+        if (keep(s, found, &best)) g = slowest(s), i = -1;
     }
     return best;
 }
@@ -588,8 +651,8 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
     Search s = {.P = P, .E = E, .M = E / P, .shifts = SHIFTS};
     s.costs = (Costs){costs[0], costs[1], {costs[2], costs[3]}, {costs[4], costs[5]}};
     s.min_tokens = most(limits[0], 1), s.max_foreign = limits[1];
-    i64 *memory = calloc(4 * E * P + 2 * E + 3 * RANKS * P, sizeof(i64));
-    int32_t *small = calloc(3 * E + 4 * P + 2 + (E * P + 3) / 4, sizeof(int32_t));
+    i64 *memory = calloc(4 * E * P + 3 * E + 3 * RANKS * P, sizeof(i64));
+    int32_t *small = calloc(4 * E + 4 * P + 2 + (E * P + 3) / 4, sizeof(int32_t));
     Spill *spills = malloc(E * P * sizeof(Spill));
     if (!memory || !small || !spills) {
         free(memory), free(small), free(spills);
@@ -599,6 +662,7 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
     s.own = next, next += E * P, s.of_node = next, next += E * P;
     s.tokens = next, next += E * P, s.on_node = next, next += E * P;
     s.load = next, next += E, s.by_load = next, next += E;
+    s.most_own = next, next += E;
     Saved at_home = {.ranks = next}, found = {spills, 0, next + RANKS * P};
     next += 2 * RANKS * P;
     s.ranks = next, s.rows = next, next += P, s.time = next, next += P;
@@ -607,7 +671,8 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
         s.lent[k] = next, next += P, s.borrowed[k] = next, next += P;
     }
     s.helpers = small, s.shared = s.helpers + E, s.home = s.shared + E;
-    s.node = s.home + E, s.member = s.node + P, s.under = s.member + P, s.first = s.under + P;
+    s.computed = s.home + E;
+    s.node = s.computed + E, s.member = s.node + P, s.under = s.member + P, s.first = s.under + P;
     s.takes = (uint8_t *)(s.first + P + 2);
 
     find_nodes(&s, nodes_P);
@@ -628,6 +693,7 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
             apply_lla(&s, limited ? factor : 1, spills, found.ranks);
             if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], save(&s, &found);
             best = improve(&s, &at_home, &found, best, sum, s.costs.row * total / P);
+            if (found.count) best = reconsider(&s, &found, best, s.costs.row * total / P);
         }
         times[1] = best;
     }

@@ -266,6 +266,30 @@ def gaps_to_the_optimum(seed):
     return gaps, lines
 
 
+@pytest.mark.parametrize("workload", ["95:1", "zipf:1"])
+def test_near_the_best_plan_with_few_experts_on_two_nodes(workload):
+    """One transfer carries a node's tokens, and pays for one that goes the other way."""
+    shape = PRESETS["qwen3-30b-a3b"]
+    case = Case(
+        parse(workload).counts_PE(4, Draw(8, 2, 2048, 0, 0, 0, 0)),
+        config_of(capacity_factor=None),
+        H200.costs(shape.hidden_size, shape.ffn_size, 2, 4, 2, 2),
+        np.arange(4) // 2,
+    )
+    bound, _ = optimum(case.counts_PE, case.costs, case.nodes_P, tolerance=0.01)
+    assert -1e-6 < case.time(case.plan().tokens_EP) / bound - 1 <= 0.05
+
+
+def test_all_replicate_where_none_alone_would_gain():
+    """Each rank has one hot expert, which all use alike: one node, equal loads at home."""
+    counts_PE = np.tile(np.where(np.arange(32) % 4 == 0, 4000, 300), (8, 1))
+    costs = H200.costs(2048, 768, 8, 8, 2, 2)
+    case = Case(counts_PE, config_of(capacity_factor=None), costs, np.zeros(8, dtype=int))
+    plan = case.plan()
+    assert case.time(plan.tokens_EP) < 0.95 * case.time(case.at_home())
+    assert (plan.tokens_EP[::4] == 4000).all()
+
+
 HOT = [[900, 0, 0, 0], [900, 0, 0, 0]]
 
 
