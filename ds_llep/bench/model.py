@@ -9,8 +9,8 @@ second of all ranks together. What every MoE layer's router chooses is the workl
 choice in every layer and step, the same for both modes; "balanced" is always measured first, as the
 reference. Before a workload is timed, logits and the gradients of the first MoE layer's experts of
 both modes are compared. Where they differ by more than rounding, there is no time and the exit code
-is 1. With --train there are no times: both modes train from the same weights, and their losses and
-peaks are shown.
+is 1. With --train nothing is compared before: both modes train from the same weights, and their
+losses, tokens per second and peaks are shown.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zero-stage", type=int, default=1, choices=range(4), help="default: 1")
     add("--checkpointing", action="store_true", help="of activations, layer by layer")
     add("--repeats", type=int, default=10, help="timed steps (default: 10)")
-    add("--train", type=int, metavar="N", help="in place of times: losses of the first N steps")
+    add("--train", type=int, metavar="N", help="in place of that: train N steps in each mode")
     add("--seed", type=int, default=0)
     add("--llep", default="{}", metavar="JSON", help='the "llep" section, as in a DeepSpeed JSON')
     add("--json", metavar="FILE", help="append a line for each result, workload by workload")
@@ -76,14 +76,13 @@ def measure(args: argparse.Namespace, settings: ModelSettings, device: torch.dev
     else:
         fine_tuning = FineTuning(settings, device)
         measured = fine_tuning.run()
-    command = " ".join(["ds-llep", *sys.argv[1:]])
-    about = {"versions": output.versions(), "commit": output.commit(), "command": command}
+    origin = output.origin()
     found, failed = [], 0
     try:
         for records in measured:
             found += records
             if ranks.is_first():  # at once: the next workload may need more memory than there is
-                records = [{**record, **about} for record in records]
+                records = [{**record, **origin} for record in records]
                 failed = output.append_json(args.json, records) or failed
     except WrongResults as error:
         if ranks.is_first():

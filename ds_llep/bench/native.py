@@ -90,9 +90,8 @@ def measure(args: argparse.Namespace, settings: NativeSettings, device: torch.de
         return 1
     if not ranks.is_first():
         return 0
-    command = " ".join(["ds-llep", *sys.argv[1:]])
-    about = {"versions": output.versions(), "commit": output.commit(), "command": command}
-    records = [{**record, **about} for record in records]
+    origin = output.origin()
+    records = [{**record, **origin} for record in records]
     failed = output.append_json(args.json, records)
     show(settings, records)
     return failed

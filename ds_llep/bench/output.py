@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,6 +93,12 @@ def append_json(path: str | None, records: Sequence[dict]) -> int:
         print(lines, end="")
         return 2
     return 0
+
+
+def origin() -> dict[str, Any]:
+    """What every record says of where it is from."""
+    command = " ".join(["ds-llep", *sys.argv[1:]])
+    return {"versions": versions(), "commit": commit(), "command": command}
 
 
 def versions() -> dict[str, str]:

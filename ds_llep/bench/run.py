@@ -103,9 +103,8 @@ def measure(args: argparse.Namespace, settings: Settings, device: torch.device) 
         return 1
     if not ranks.is_first():
         return 0
-    command = " ".join(["ds-llep", *sys.argv[1:]])
-    about = {"versions": output.versions(), "commit": output.commit(), "command": command}
-    records = [{**record, **about} for record in records]
+    origin = output.origin()
+    records = [{**record, **origin} for record in records]
     failed = output.append_json(args.json, records)
     if args.reserved:
         reserved.show(title(settings, records[0]), records)
