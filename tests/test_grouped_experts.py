@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from unittest import mock
 
 import deepspeed.comm as dist
@@ -24,7 +25,15 @@ from ds_llep.grouped_experts import can_group, compute_together, match_parameter
 from ds_llep.kernels.select import select_kernels
 
 KERNELS = select_kernels("torch", torch.device("cpu"))
+# zero.Init leaves another one in its place, and earlier tests of this process may have used it.
+OWN_LINEAR = partial(mock.patch.object, functional, "linear", torch._C._nn.linear)
 COUNTS = [7, 0, 1, 30]
+
+
+@pytest.fixture(autouse=True)
+def own_linear():
+    with OWN_LINEAR():
+        yield
 
 
 class Adapted(nn.Module):
@@ -411,6 +420,7 @@ def on_each_rank(*args, **kwargs) -> dict:
         return calls[-1]
 
     with (
+        OWN_LINEAR(),
         mock.patch("ds_llep.bundle.compute_together", seen),
         mock.patch.object(grouped_experts, "is_one_kernel", lambda *_: True),
     ):
@@ -419,6 +429,7 @@ def on_each_rank(*args, **kwargs) -> dict:
     return found
 
 
+@OWN_LINEAR()
 def hook_on_one_rank(seed: int) -> dict:
     """Differences from DeepSpeed's layer, with a hook on the first rank's last expert alone."""
     theirs = natives.layer("mlp", 4, seed, k=2, drop_tokens=False)

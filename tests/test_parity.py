@@ -122,13 +122,17 @@ def parity(
     }
 
 
-def check(results: list[dict]) -> None:
-    for rank, result in enumerate(results):
-        assert not result["over"], f"rank {rank}: {result['over']}"
-        assert not result["without"], f"not in the reference: {result['without']}"
-        assert max(result["ours"].values()) < 1e-4, "another function; AutoEP computes it too"
-        spilled = result["status"]["spilled_tokens"]
-        assert sum(spilled) > 0, "nothing was spilled: the test tests nothing"
+def check(pools, family: str, stage: int, ep_size: int, seed: int, *others: dict) -> None:
+    """On four ranks; anew where the router happens to balance by itself."""
+    for attempt in range(5):
+        results = pools(4).run(parity, family, stage, ep_size, seed + attempt, *others)
+        for rank, result in enumerate(results):
+            assert not result["over"], f"rank {rank}, attempt {attempt}: {result['over']}"
+            assert not result["without"], f"not in the reference: {result['without']}"
+            assert max(result["ours"].values()) < 1e-4, "another function; AutoEP computes it too"
+        if all(sum(result["status"]["spilled_tokens"]) > 0 for result in results):
+            return
+    pytest.fail("nothing was spilled: the test tests nothing")
 
 
 @pytest.mark.parametrize("ep_size", [2, 4])
@@ -137,7 +141,7 @@ def test_families(pools, family, ep_size, seed):
     families.FAMILIES[family]()  # skips what this transformers lacks
     # One ZeRO stage for each EP size, and the other way round for the next family.
     stage = 3 if (list(families.FAMILIES).index(family) + ep_size // 2) % 2 else 1
-    check(pools(4).run(parity, family, stage, ep_size, seed, {}, {}))
+    check(pools, family, stage, ep_size, seed, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -146,14 +150,14 @@ def test_families(pools, family, ep_size, seed):
 def test_auxiliary_loss(pools, family, stage, ep_size, seed):
     """Each rank's own, as everywhere in data parallelism; AutoEP alone has Qwen3.5's wrong."""
     families.FAMILIES[family]()
-    check(pools(4).run(parity, family, stage, ep_size, seed, AUX, {}))
+    check(pools, family, stage, ep_size, seed, AUX, {})
 
 
 def test_greedy_despite_groups(pools, seed):
     """DeepSeek-V2's routers may ignore the groups that the model's config has."""
     without_groups = {"num_expert_groups": 1, "num_limited_groups": 1}
     case = "deepseek_v2", 1, 2, seed, {"topk_method": "greedy"}, without_groups
-    check(pools(4).run(parity, *case))
+    check(pools, *case)
 
 
 @pytest.mark.parametrize("family, stage, ep_size", [("olmoe", 3, 2), ("glm4_moe", 1, 4)])
@@ -163,4 +167,4 @@ def test_described_families(pools, family, stage, ep_size, seed):
     (example,) = re.findall(rf"^`{family}`.*?```json\n(.*?)```", DOCS, re.DOTALL | re.MULTILINE)
     section = json.loads(example)["expert_parallel"]
     patterns = {key: value for key, value in section.items() if key != "autoep_size"}
-    check(pools(4).run(parity, family, stage, ep_size, seed, {}, patterns))
+    check(pools, family, stage, ep_size, seed, {}, patterns)
