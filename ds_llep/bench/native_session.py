@@ -19,6 +19,7 @@ from ds_llep.bench.session import WIDER, refuse_wrong
 from ds_llep.bench.stack import in_dtype, make_exchange, results
 from ds_llep.bench.workloads import Draw, parse
 from ds_llep.convert import adopt
+from ds_llep.ranks import all_gather
 from ds_llep.shards import weights_changed
 from ds_llep.workspace import Workspace
 
@@ -181,8 +182,7 @@ class NativeSession:
             peak = peak_bytes(both)
         if mode == "llep":  # it was there before
             peak += int(agreed_max(fetch.WORKSPACE.nbytes()))
-        everyone: list = [None] * self.world
-        dist.all_gather_object(everyone, sent)
+        everyone = all_gather(sent)
         names = conditions(settings, workload, mode, self.world, self.ep_size, self.dtype)
         traffic = {
             f"{kind}_bytes{suffix}": of_ranks(sent[kind] for sent in everyone)

@@ -23,6 +23,7 @@ from ds_llep.config import LLEPConfig
 from ds_llep.kernels.grouped_gemm import grouped_gemm, grouped_gemm_weight_gradient
 from ds_llep.kernels.select import select_kernels
 from ds_llep.plan import make_plan
+from ds_llep.ranks import all_gather
 
 GROUPS = (32, 8, 1)
 TOP_K = 4
@@ -58,8 +59,7 @@ class Rates:
         self._sizes, self._device = sizes, device
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.world = dist.get_world_size()
-        hosts: list = [None] * self.world
-        dist.all_gather_object(hosts, socket.gethostname())
+        hosts = all_gather(socket.gethostname())
         nodes = [
             [r for r in range(self.world) if hosts[r] == name] for name in dict.fromkeys(hosts)
         ]

@@ -28,6 +28,7 @@ from ds_llep.bench.stack import (
     widened,
 )
 from ds_llep.plan import Plan
+from ds_llep.ranks import all_gather
 from ds_llep.shards import weights_changed
 from ds_llep.timeline import Timeline
 from ds_llep.workspace import Workspace
@@ -226,8 +227,7 @@ class Session:
         reached = [self.batches[workload].reached(WARM_UPS, layer) for layer in range(layers)]
         ep_rank = dist.get_rank() % self.ep_size
         floor = floors.of_parts(self.best, plans, reached, shape, ep_rank, self.dtype)
-        everyone: list = [None] * self.world
-        dist.all_gather_object(everyone, (mine, floor))
+        everyone = all_gather((mine, floor))
         # An outer part that is entered twice has inner ones that begin after its successors.
         outer = list(dict.fromkeys(name.split("/")[0] for name in mine))
         names = sorted(mine, key=lambda name: outer.index(name.split("/")[0]))
