@@ -10,8 +10,8 @@ from where it lies to where it is needed. All ranks derive the same transfers fr
 The workspace doubles as a cache: what still lies there since the forward pass or since an earlier
 micro-batch is not sent again while the weights are the same.
 
-A few experts travel behind the tokens, beside the home experts' products, and cost nothing. Many
-take longer than a helper's own products, so they travel ahead of the tokens.
+Weights that need no gather travel ahead of the tokens, which wait for them: behind the tokens they
+would have to share the multiprocessors with the home experts' products, and both would end later.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ from ds_llep.ranks import RankTable
 from ds_llep.shards import Version, cut_bundle, on_device, part_numel, part_of, whole_shape
 from ds_llep.timeline import part
 from ds_llep.workspace import WORKSPACE, BundleLayout, Directory
-
-_FEW = 2
-"""Experts that travel behind the tokens."""
 
 
 class Exchange:
@@ -166,7 +163,7 @@ class ForeignWeights:
     @property
     def starts_early(self) -> bool:
         """Whether the fetch is to start before the tokens travel; the same on all ranks."""
-        return self._exchange.always_ready and sum(map(len, self._wanted.values())) > _FEW
+        return self._exchange.always_ready
 
     def start(self) -> None:
         """Start to send and receive what helpers do not have yet; nothing where all have all."""
