@@ -9,9 +9,8 @@ from unittest import mock
 
 import deepspeed.comm as dist
 
-from ds_llep import fetch
+from ds_llep import fetch, layer
 from ds_llep.fetch import ForeignWeights
-from ds_llep.plan import make_plan
 from ds_llep.workspace import Workspace
 
 EXPERT = 3 * 32 * 48 * 4  # bytes of one expert of the tiny Qwen3-MoE in fp32
@@ -35,14 +34,18 @@ def watched() -> Iterator[SimpleNamespace]:
         log.places.append(list(foreign._places))
         return wait(foreign)
 
-    def noted_plan(*args):
-        log.plans.append(make_plan(*args))
-        return log.plans[-1]
+    def noted(make):  # on the host, or on the device
+        def noted_plan(*args):
+            log.plans.append(make(*args))
+            return log.plans[-1]
+
+        return noted_plan
 
     with (
         mock.patch.object(fetch, "WORKSPACE", log.workspace),
         mock.patch.object(dist, "batch_isend_irecv", noted_post),
         mock.patch.object(ForeignWeights, "wait", noted_wait),
-        mock.patch("ds_llep.layer.make_plan", noted_plan),
+        mock.patch.object(layer, "make_plan", noted(layer.make_plan)),
+        mock.patch.object(layer, "plan_from_tokens", noted(layer.plan_from_tokens)),
     ):
         yield log
