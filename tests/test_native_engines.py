@@ -257,7 +257,7 @@ def one_step(around, stage: int, seed: int, kind=natives.Model, compiled=False, 
         for llep in (None, {}):
             model = build(2, seed, kind)
             engine = start(model, stage, llep, **sections)
-            if compiled:
+            if compiled and llep is not None:
                 engine.compile(backend="eager")
             found.append(step(engine, inputs(model, 1, seed), seed))
             status = ds_llep.status(engine)
@@ -291,6 +291,7 @@ def test_ways_to_train(pools, way, seed):
 
 
 def test_compiled(pools, seed):
+    """Against DeepSpeed's layers as they are: on GPUs, their own gradients change when compiled."""
     check(pools(2).run(one_step, contextlib.nullcontext, 2, seed, compiled=True), seed)
 
 
