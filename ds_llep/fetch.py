@@ -240,9 +240,15 @@ class ForeignWeights:
 
     def _pack(self, experts: Sequence[int]) -> torch.Tensor:
         """Bundles ``[n, numel]`` of home experts, by their local numbers."""
-        matrices = [weight[expert] for expert in experts for weight in self._weights]
-        flat = [on_device(matrix.detach().reshape(-1), self._like) for matrix in matrices]
-        return torch.cat(flat).view(len(experts), self.layout.numel)
+        packed = self._like.new_empty((len(experts), self.layout.numel))
+        places = enumerate(experts)
+        for _, run in groupby(places, lambda pair: pair[1] - pair[0]):  # side by side at home
+            run = list(run)
+            (at, first), count = run[0], len(run)
+            for matrices, weight in zip(self.layout.views(packed), self._weights, strict=True):
+                source = on_device(weight.detach()[first : first + count], self._like)
+                matrices[at : at + count].copy_(source)
+        return packed
 
     def _pieces(self, missing: dict[int, list[tuple[int, int]]]) -> list[dist.P2POp]:
         """From ZeRO-3's parts."""

@@ -106,21 +106,7 @@ class LLEPMoELayer(AutoEPMoELayer):
         context.prepare(weights, x_TD, self.top_k, self.ep_size)
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
-        scores_TK, plans, route, maps = self._route_and_plan(x_TD, weights)
-        plan = plans[exchange.table.group_index]
-        context.statistics.record(context.index, plan, self.training, x_TD.dtype)
-        foreign = ForeignWeights(
-            exchange,
-            context.index,
-            weights,
-            plans,
-            like=x_TD,
-            size=context.workspace_size,
-            count=partial(context.statistics.count_fetched, context.index, self.training),
-        )
-        if foreign.starts_early:
-            with part("fetch"):
-                foreign.start()
+        scores_TK, plan, foreign, route, maps = self._plan_and_route(x_TD, weights)
         backward = DispatchBackward(route)
         dispatched = dispatch(x_TD, scores_TK, route, maps, backward)
         job = ExpertJob(
@@ -141,10 +127,11 @@ class LLEPMoELayer(AutoEPMoELayer):
             y_TD.reshape(batch, seq_len, hidden), x_TD, hidden_states, hidden
         )
 
-    def _route_and_plan(
+    def _plan_and_route(
         self, x_TD: torch.Tensor, weights: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[Plan], Route, RouteMaps]:
-        """Scores; from the counts of all, one plan for each EP group; and this rank's route.
+    ) -> tuple[torch.Tensor, Plan, ForeignWeights, Route, RouteMaps]:
+        """Scores; from the counts of all, the plan; its foreign experts, which are on their way
+        where they need no gather; and this rank's route.
 
         A router's failure on one rank becomes an error on all.
         """
@@ -187,6 +174,7 @@ class LLEPMoELayer(AutoEPMoELayer):
                 plans = [plan_from_tokens(counts.tokens_RE, *planned, context.planning)]
             else:
                 plans = context.make_plans(exchange.by_group(counts.tokens_RE))
+        foreign = self._fetch(plans, weights, x_TD)
         with part("route"):
             reached_PP, alone_PE = (
                 exchange.by_group(values_RX)[own]
@@ -203,7 +191,28 @@ class LLEPMoELayer(AutoEPMoELayer):
             if not planned:
                 addresses = self._address(selected_TK, counting, *runs)
             maps = addresses.place(first_P, context.kernels)
-        return scores_TK, plans, route, maps
+        return scores_TK, plans[own], foreign, route, maps
+
+    def _fetch(
+        self, plans: list[Plan], weights: Sequence[torch.Tensor], x_TD: torch.Tensor
+    ) -> ForeignWeights:
+        """The plans' foreign experts, which travel while the host works out the route."""
+        context, exchange = self.llep, self.llep.exchange
+        own = plans[exchange.table.group_index]
+        context.statistics.record(context.index, own, self.training, x_TD.dtype)
+        foreign = ForeignWeights(
+            exchange,
+            context.index,
+            weights,
+            plans,
+            like=x_TD,
+            size=context.workspace_size,
+            count=partial(context.statistics.count_fetched, context.index, self.training),
+        )
+        if foreign.starts_early:
+            with part("fetch"):
+                foreign.start()
+        return foreign
 
     def _plan_on_device(self, counting: Counting) -> tuple[torch.Tensor, ...]:
         """The plan's tokens and capped tokens; nothing where it is for the host to plan.

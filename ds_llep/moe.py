@@ -112,21 +112,9 @@ class BalancedMOELayer(MOELayer):
             self._check_experts(x_TD)
         keep_foreign = context.config.backward_weights == "keep" and torch.is_grad_enabled()
 
-        gates_KT, slots_KT, x_VD, plan, route, maps = self._route_and_plan(x_TD, used_token)
-        context.statistics.record(context.index, plan, self.training, x_TD.dtype)
-        foreign = ForeignModules(
-            exchange,
-            context.index,
-            experts,
-            layout,
-            [plan],
-            like=x_TD,
-            size=context.workspace_size,
-            count=partial(context.statistics.count_fetched, context.index, self.training),
+        gates_KT, slots_KT, x_VD, plan, foreign, route, maps = self._plan_and_route(
+            x_TD, used_token, layout
         )
-        if foreign.starts_early:
-            with part("fetch"):
-                foreign.start()
         unweighed = x_VD.new_zeros((len(x_VD), 1))
         kernels = context.kernels if context.grouped else None
         rows = dispatch(x_VD, unweighed, route, maps, DispatchBackward(route))
@@ -152,10 +140,11 @@ class BalancedMOELayer(MOELayer):
             self.time_moe = self.timers(MOE_TIMER).elapsed(reset=False)
         return y_TD.reshape(hidden_states.shape)
 
-    def _route_and_plan(
-        self, x_TD: torch.Tensor, used_token: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan, Route, RouteMaps]:
-        """Gate values and slots ``[K, T]``, kept copies ``[V, D]``, the plan, this rank's route.
+    def _plan_and_route(
+        self, x_TD: torch.Tensor, used_token: torch.Tensor | None, layout: ModuleLayout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan, ForeignModules, Route, RouteMaps]:
+        """Gate values and slots ``[K, T]``, kept copies ``[V, D]``, the plan, its foreign experts,
+        which are on their way, and this rank's route.
 
         A gate's failure on one rank becomes an error on all.
         """
@@ -193,6 +182,7 @@ class BalancedMOELayer(MOELayer):
         exchange.renew(context.index, counts.versions)
         with part("plan"):
             (plan,) = context.make_plans([counts.tokens_RE])
+        foreign = self._fetch(plan, layout, x_TD)
         with part("route"), torch.no_grad():
             rank, kernels = exchange.table.ep_rank, context.kernels
             planned = counts.reached_RP, counts.alone_RE, plan
@@ -204,7 +194,25 @@ class BalancedMOELayer(MOELayer):
             # A copy that was dropped reads the row of zeros behind the last one.
             place_KT = kept_KT.reshape(-1).cumsum(0).view(kept_KT.shape) - 1
             slots_KT = torch.where(kept_KT, place_KT, len(token_V))
-        return gates_KT, slots_KT, x_TD.index_select(0, token_V), plan, route, maps
+        return gates_KT, slots_KT, x_TD.index_select(0, token_V), plan, foreign, route, maps
+
+    def _fetch(self, plan: Plan, layout: ModuleLayout, x_TD: torch.Tensor) -> ForeignModules:
+        """The plan's foreign experts, which travel while the host works out the route."""
+        context = self.llep
+        context.statistics.record(context.index, plan, self.training, x_TD.dtype)
+        foreign = ForeignModules(
+            context.exchange,
+            context.index,
+            self.experts.deepspeed_experts,
+            layout,
+            [plan],
+            like=x_TD,
+            size=context.workspace_size,
+            count=partial(context.statistics.count_fetched, context.index, self.training),
+        )
+        with part("fetch"):
+            foreign.start()
+        return foreign
 
     def _check_experts(self, x_TD: torch.Tensor) -> None:
         """Try a copy of an expert on the same few rows on every rank, once.
