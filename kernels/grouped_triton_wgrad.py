@@ -12,7 +12,6 @@ Shape letters: G groups, N rows, F and D widths. No function of Triton's own lib
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -175,7 +174,8 @@ class Work(NamedTuple):
     """Items in the order in which they are taken: program p takes p, p + programs, ..., or what it
     is dealt."""
 
-    segments: list[Segment]
+    segments: np.ndarray
+    """int32 [S, 8]; a row has the fields of a `Segment`."""
     num_items: int
 
 
@@ -198,7 +198,7 @@ def scheduled(
     """What `schedule` finds, on the device."""
     found = []
     for work in schedule(counts, tiles, block_k, programs):
-        segments = np.array(work.segments, dtype=np.int32).reshape(-1, len(Segment._fields))
+        segments = work.segments
         _, first, last, _, _, tiles_of, parts_of, part_rows = segments.T
         # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
         segment_of_item = np.repeat(np.arange(len(segments), dtype=np.int32), tiles_of * parts_of)
@@ -223,43 +223,46 @@ def _deal(items: np.ndarray, steps: np.ndarray) -> np.ndarray:
 def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> tuple[Work, Work]:
     """What is computed whole and what in parts.
 
+    NumPy, as every micro-batch waits for it: the loop is over long groups alone, which are few.
+
     Args:
         counts: rows of each group.
         tiles: tiles of each group's result.
         block_k: rows of one step.
         programs: how many run at the same time.
     """
-    stops = list(accumulate(counts))
-    steps_G = [max(-(-count // block_k), 1) for count in counts]
+    counts_G = np.array(counts, dtype=np.int64)
+    group = np.argsort(-counts_G, kind="stable")
+    counts_G, last_row = counts_G[group], counts_G.cumsum()[group]
+    steps_G = np.maximum(-(-counts_G // block_k), 1)
     # A tile is long if one more on a program shows in the time of the whole.
-    long = max(sum(steps_G) * tiles // (programs * _TILES_PER_PROGRAM), 2 * _PART_OVERHEAD)
-    order = sorted(range(len(counts)), key=lambda group: -counts[group])
-    whole, cut = [], []
-    while order and steps_G[order[0]] > long:
+    long = max(int(steps_G.sum()) * tiles // (programs * _TILES_PER_PROGRAM), 2 * _PART_OVERHEAD)
+    cut_G, parts_G = np.zeros_like(counts_G), np.ones_like(counts_G)
+    start = 0
+    while start < len(group) and (steps := int(steps_G[start])) > long:
         # Groups of about one size fill rounds of all programs together.
-        alike = [group for group in order if steps_G[group] >= _ALIKE * steps_G[order[0]]]
-        order = order[len(alike) :]
-        rest = len(alike) * tiles % programs
-        parts = _best_parts(rest, steps_G[alike[0]], programs)
-        left_over = rest if parts > 1 else 0
-        for group in reversed(alike):
-            num_cut = min(left_over, tiles)
-            left_over -= num_cut
-            cut.append((group, tiles - num_cut, num_cut, parts))
-            whole.append((group, 0, tiles - num_cut, 1))
-    whole.sort(key=lambda item: -counts[item[0]])
-    whole += [(group, 0, tiles, 1) for group in order]
+        stop = start + int(np.count_nonzero(steps_G[start:] >= _ALIKE * steps))
+        left_over = (stop - start) * tiles % programs
+        parts = _best_parts(left_over, steps, programs)
+        if parts > 1:
+            for place in reversed(range(start, stop)):
+                cut_G[place] = min(left_over, tiles)
+                left_over -= cut_G[place]
+            parts_G[start:stop] = parts
+        start = stop
 
-    def work(chosen: list[tuple[int, int, int, int]]) -> Work:
-        segments, item = [], 0
-        for group, first_tile, num_tiles, parts in chosen:
-            rows = stops[group] - counts[group], stops[group]
-            part_rows = -(-steps_G[group] // parts) * block_k
-            segments.append(Segment(group, *rows, item, first_tile, num_tiles, parts, part_rows))
-            item += num_tiles * parts
-        return Work(segments, item)
+    def work(first_tile: np.ndarray, num_tiles: np.ndarray, parts: np.ndarray) -> Work:
+        items = num_tiles * parts
+        part_rows = -(-steps_G // parts) * block_k
+        columns = (
+            *(group, last_row - counts_G, last_row, items.cumsum() - items),
+            *(first_tile, num_tiles, parts, part_rows),
+        )
+        segments = np.stack(columns, axis=1).astype(np.int32)[num_tiles > 0]
+        return Work(segments, int(items.sum()))
 
-    return work([w for w in whole if w[2]]), work([c for c in cut if c[2]])
+    whole_G = tiles - cut_G
+    return work(cut_G * 0, whole_G, parts_G * 0 + 1), work(whole_G, cut_G, parts_G)
 
 
 def _best_parts(tiles: int, steps: int, programs: int) -> int:

@@ -11,7 +11,7 @@ from ds_llep.kernels import grouped_triton as triton_products
 from ds_llep.kernels import products
 from ds_llep.kernels.grouped_triton import HOPPER, Tiling
 from ds_llep.kernels.grouped_triton_rows import can_pair, row_tiles
-from ds_llep.kernels.grouped_triton_wgrad import schedule, scheduled
+from ds_llep.kernels.grouped_triton_wgrad import Segment, schedule, scheduled
 
 ON_GPU = torch.cuda.is_available()
 TILING = HOPPER if ON_GPU else Tiling(32, 32, 32, warps=4, stages=2, band=2)
@@ -150,7 +150,7 @@ def test_every_item_is_dealt_once(counts):
         assert starts[0] == 0 and starts[-1] == work.num_items
         steps = [
             max(1, -(-min(s.last_row - s.first_row, s.part_rows) // 64))
-            for s in work.segments
+            for s in map(Segment._make, work.segments.tolist())
             for _ in range(s.num_tiles * s.parts)
         ]
         for first, stop in itertools.pairwise(starts):
@@ -210,7 +210,7 @@ def loads(counts, tiles, programs):
     owner = np.repeat(np.arange(len(counts)), counts)
     for work in schedule(counts, tiles, 64, programs):
         item = 0
-        for segment in work.segments:
+        for segment in map(Segment._make, work.segments.tolist()):
             assert segment.first_item == item
             for nth in range(segment.num_tiles * segment.parts):
                 start = segment.first_row + nth % segment.parts * segment.part_rows
