@@ -21,6 +21,7 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 
+from ds_llep.kernels import planner_cost
 from ds_llep.kernels.select import KernelSet
 from ds_llep.plan import Plan
 
@@ -69,6 +70,8 @@ def find_runs(plan: Plan, rank: int) -> np.ndarray:
         int32 ``[2, E, P]``: the place behind each run, and what is to be added to the place of a
         copy in it to get the copy's row.
     """
+    if plan.nodes_P is not None:
+        return planner_cost.runs(_for_c(plan), rank)
     sent_EP, (expert_J, rank_J, _) = plan.send_EP(rank), plan.segments
     (E, P), M = sent_EP.shape, plan.experts_per_rank
     runs_2EP = np.zeros((2, E, P), dtype=np.int32)
@@ -150,6 +153,8 @@ def _splits(
     other tokens, as a token has one such copy at a home at most. A token that chooses an expert
     twice has no copy of it alone: it counts as reached, wherever its copies go.
     """
+    if plan.nodes_P is not None:
+        return tuple(planner_cost.splits(_for_c(plan), reached_PP, alone_PE, rank, top_k))
     sent_P, received_P = reached_PP[rank].copy(), reached_PP[:, rank].copy()
     spilled = plan.spilled_experts
     if len(spilled):  # only these have copies elsewhere than at home
@@ -168,3 +173,8 @@ def _splits(
         received_P = np.minimum(received_P, recv_PE.sum(axis=1))
     sent_P[rank] = received_P[rank] = 0
     return sent_P, received_P
+
+
+def _for_c(plan: Plan) -> tuple[np.ndarray, ...]:
+    """What planner "cost", which is in C, needs of a plan of its own for the rest as well."""
+    return plan.counts_PE, plan.tokens_EP, *plan.segments[:2], plan.sent_JP

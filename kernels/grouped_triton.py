@@ -9,6 +9,7 @@ choice.
 Shape letters: G groups, N rows, D hidden size, F expert FFN size.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def gate_up(
     Returns:
         gate and up, each [N, F].
     """
-    assert supported(rows_ND, w1_GFD, w3_GFD) and can_pair(w1_GFD, w3_GFD)
+    assert can_pair(w1_GFD, w3_GFD)
     (N, D), F = rows_ND.shape, w1_GFD.shape[1]
     results = [rows_ND.new_empty((N, F)) for _ in range(2)]
     if N == 0:
@@ -95,7 +96,7 @@ def gate_up(
     matrices, swapped = pair(w1_GFD, w3_GFD, (1, columns, tiling.block_k))
     targets = [clipped(x, (tiling.block_m, columns)) for x in results]
     column_tiles = triton.cdiv(F, columns)
-    _gate_up_kernel[_grid(len(tiles) * column_tiles, rows_ND)](
+    _gate_up_kernel[_grid(len(tiles) * column_tiles, rows_ND.device)](
         plain(rows_ND, (tiling.block_m, tiling.block_k)),
         *(matrices, *(reversed(targets) if swapped else targets), tiles),
         *(len(tiles), column_tiles, triton.cdiv(D, tiling.block_k)),
@@ -138,7 +139,6 @@ def dgrad(
 
 
 def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.Tensor:
-    assert supported(*rows, *matrices)
     N, K = rows[0].shape
     columns = matrices[0].shape[1 if transpose else 2]
     out = rows[0].new_empty((N, columns))
@@ -149,7 +149,7 @@ def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.T
     lefts = [plain(x, (tiling.block_m, tiling.block_k)) for x in rows]
     rights = [plain(x, (1, *right)) for x in matrices]
     column_tiles = triton.cdiv(columns, tiling.block_n)
-    _product_kernel[_grid(len(tiles) * column_tiles, out)](
+    _product_kernel[_grid(len(tiles) * column_tiles, out.device)](
         *(lefts[0], lefts[-1], rights[0], rights[-1]),
         *(clipped(out, (tiling.block_m, tiling.block_n // 2)), tiles),
         *(len(tiles), column_tiles, triton.cdiv(K, tiling.block_k)),
@@ -184,18 +184,18 @@ def wgrad(
     F, D = grad_NF.shape[1], rows_ND.shape[1]
     if out is None:
         out = rows_ND.new_empty((len(counts), F, D))
-    assert supported(grad_NF, rows_ND, out) and out.shape == (len(counts), F, D)
+    assert out.shape == (len(counts), F, D)
     if len(rows_ND) == 0:
         return out.zero_()
     block_m, block_n, block_k = tiling[:3]
-    device, programs = rows_ND.device, _programs(rows_ND)
+    device, programs = rows_ND.device, _programs(rows_ND.device)
     row_tiles_, column_tiles = triton.cdiv(F, block_m), triton.cdiv(D, block_n)
     tiles = (row_tiles_, column_tiles)
     whole, cut = scheduled(counts, row_tiles_ * column_tiles, block_k, programs, device)
     operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
 
     def launch(work: WorkTables, target: TensorDescriptor, in_parts: bool) -> None:
-        grid = (len(work.starts) - 1,) if beside else _grid(work.num_items, rows_ND)
+        grid = (len(work.starts) - 1,) if beside else _grid(work.num_items, device)
         _wgrad_kernel[grid](
             *(*operands, target, work.segment_of_item, work.segments, work.starts),
             *(work.num_items, *tiles, int(beside)),
@@ -218,11 +218,12 @@ def _meta(tiling: Tiling, **changes: int) -> dict[str, int]:
     return meta | changes
 
 
-def _programs(x: torch.Tensor) -> int:
-    if not x.is_cuda:
+@functools.cache  # asking costs the host as much as a small launch
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _grid(items: int, x: torch.Tensor) -> tuple[int]:
-    return (min(items, _programs(x)),)
+def _grid(items: int, device: torch.device) -> tuple[int]:
+    return (min(items, _programs(device)),)

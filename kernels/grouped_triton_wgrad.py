@@ -172,10 +172,9 @@ class Segment(NamedTuple):
 
 class Work(NamedTuple):
     """Items in the order in which they are taken: program p takes p, p + programs, ..., or what it
-    is dealt."""
+    is dealt. Segments are int32 [S, 8], each row a `Segment`."""
 
     segments: np.ndarray
-    """int32 [S, 8]; a row has the fields of a `Segment`."""
     num_items: int
 
 
@@ -197,8 +196,10 @@ def scheduled(
 ) -> list[WorkTables]:
     """What `schedule` finds, on the device."""
     found = []
-    for work in schedule(counts, tiles, block_k, programs):
-        segments = work.segments
+    for segments, num_items in schedule(counts, tiles, block_k, programs):
+        if not num_items:
+            found.append(WorkTables(0, *[torch.empty(0, dtype=torch.int32)] * 4))
+            continue
         _, first, last, _, _, tiles_of, parts_of, part_rows = segments.T
         # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
         segment_of_item = np.repeat(np.arange(len(segments), dtype=np.int32), tiles_of * parts_of)
@@ -207,7 +208,7 @@ def scheduled(
         steps = np.maximum(-(-np.minimum(last - first, part_rows) // block_k), 1)
         starts = _deal(tiles_of * parts_of, steps)
         tables = segment_of_item, segments, first_items, starts
-        found.append(WorkTables(work.num_items, *all_to_device(tables, device)))
+        found.append(WorkTables(num_items, *all_to_device(tables, device)))
     return found
 
 
@@ -217,13 +218,11 @@ def _deal(items: np.ndarray, steps: np.ndarray) -> np.ndarray:
     hands = -(-items // hand)
     nth = np.arange(hands.sum()) - np.repeat(hands.cumsum() - hands, hands)
     starts = np.repeat(items.cumsum() - items, hands) + nth * np.repeat(hand, hands)
-    return np.append(starts, items.sum()).astype(np.int32)
+    return np.concatenate((starts, items.sum(keepdims=True))).astype(np.int32)
 
 
 def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> tuple[Work, Work]:
-    """What is computed whole and what in parts.
-
-    NumPy, as every micro-batch waits for it: the loop is over long groups alone, which are few.
+    """What is computed whole and what in parts; in NumPy, as every micro-batch waits for it.
 
     Args:
         counts: rows of each group.
@@ -254,11 +253,9 @@ def schedule(counts: Sequence[int], tiles: int, block_k: int, programs: int) -> 
     def work(first_tile: np.ndarray, num_tiles: np.ndarray, parts: np.ndarray) -> Work:
         items = num_tiles * parts
         part_rows = -(-steps_G // parts) * block_k
-        columns = (
-            *(group, last_row - counts_G, last_row, items.cumsum() - items),
-            *(first_tile, num_tiles, parts, part_rows),
-        )
-        segments = np.stack(columns, axis=1).astype(np.int32)[num_tiles > 0]
+        of_group = group, last_row - counts_G, last_row, items.cumsum() - items
+        columns = np.stack((*of_group, first_tile, num_tiles, parts, part_rows), axis=1)
+        segments = columns.astype(np.int32)[num_tiles > 0]
         return Work(segments, int(items.sum()))
 
     whole_G = tiles - cut_G

@@ -11,14 +11,24 @@ import math
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("planner_cost.c", "planner_cut.c")]
+_SOURCES = [Path(__file__).with_name(f"planner_{name}.c") for name in ("cost", "cut", "route")]
 _NO_LIMIT = 1 << 60
 _NO_MEMORY, _TOO_MANY = -1, -2
 _COMPILERS = ("cc", "gcc", "clang")
+
+
+class _Plan(ctypes.Structure):
+    """As in planner_route.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "PEJ"),
+        *((f"array {number}", ctypes.c_void_p) for number in range(5)),
+    ]
 
 
 @functools.cache
@@ -57,6 +67,11 @@ def library() -> ctypes.CDLL:
     loaded.plan_cost.restype = size
     loaded.cut.argtypes = (size, size, *[array] * 3, size, array)
     loaded.cut.restype = None
+    plan = ctypes.POINTER(_Plan)
+    loaded.splits.argtypes = (plan, array, array, size, size, array, array)
+    loaded.splits.restype = None
+    loaded.runs.argtypes = (plan, size, array, array)
+    loaded.runs.restype = None
     return loaded
 
 
@@ -161,3 +176,44 @@ def cut(
     expert_X, *segments = found[2 + P : 2 + P + 4 * room].reshape(4, room)
     sent_JP = found[2 + P + 4 * room :].reshape(room, P)
     return expert_X[:X], *(column[:J] for column in segments), sent_JP[:J]
+
+
+def splits(
+    plan: Sequence[np.ndarray],
+    reached_PP: np.ndarray,
+    alone_PE: np.ndarray,
+    rank: int,
+    top_k: int,
+) -> np.ndarray:
+    """The most parcels that a rank may send to each rank, and receive from each.
+
+    Args:
+        plan: counts_PE, tokens_EP, expert_J, rank_J and sent_JP, as `cut` takes and returns them.
+        reached_PP, alone_PE, rank, top_k: as for `ds_llep.route.make_route`.
+
+    Returns:
+        int64 [2, P].
+    """
+    P = len(reached_PP)
+    found, work = np.empty((2, 2, P), dtype=np.int64)
+    reached_PP, alone_PE = _plain(reached_PP), _plain(alone_PE)
+    library().splits(
+        *(_as_struct(plan), reached_PP.ctypes.data, alone_PE.ctypes.data),
+        *(rank, top_k, found.ctypes.data, work.ctypes.data),
+    )
+    return found
+
+
+def runs(plan: Sequence[np.ndarray], rank: int) -> np.ndarray:
+    """What `ds_llep.route.find_runs` returns, int32 [2, E, P]; `plan` is that of `splits`."""
+    E, P = plan[1].shape
+    found, work = np.empty((2, E, P), dtype=np.int32), np.empty(2 * P, dtype=np.int64)
+    library().runs(_as_struct(plan), rank, found.ctypes.data, work.ctypes.data)
+    return found
+
+
+def _as_struct(plan: Sequence[np.ndarray]) -> _Plan:
+    """The plan as C reads it, for as long as its arrays live."""
+    assert all(array.flags.c_contiguous and array.dtype == np.int64 for array in plan)
+    E, P = plan[1].shape
+    return _Plan(P, E, len(plan[2]), *(array.ctypes.data for array in plan))

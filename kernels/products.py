@@ -6,6 +6,7 @@
 Shape letters: G groups, N rows, D hidden size, F expert FFN size.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -60,9 +61,9 @@ def gradient_of_weights(
 
 
 def _fused(*operands: torch.Tensor) -> bool:
-    first = operands[0]
-    return (
-        first.is_cuda
-        and torch.cuda.get_device_capability(first.device)[0] == 9
-        and grouped_triton.supported(*operands)
-    )
+    return _is_hopper(operands[0].device) and grouped_triton.supported(*operands)
+
+
+@functools.cache  # asking costs the host as much as a small launch
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -27,7 +27,7 @@ ROOMS = {
     "plan": ({"costs", "cut", "planners"}, {"numpy"}),
     "counts": (KERNELS, {"numpy", "torch", "deepspeed.comm", "deepspeed.accelerator"}),
     "timeline": (set(), {"deepspeed.accelerator"}),
-    "route": ({"plan"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
+    "route": ({"plan", "kernels.planner_cost"} | KERNELS, {"numpy", "torch", "deepspeed.comm"}),
     "dispatch": ({"route", "timeline"}, {"torch", "deepspeed.comm"}),
     "activation": (KERNELS, {"torch", "deepspeed.moe.ep_experts"}),
     "biased": (set(), {"torch", "deepspeed.moe.ep_experts", GROUP_GEMM}),
