@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from launcher import ROOT
 from launcher import run as launch
 from ranks import free_port, remove_shared_buffers
+from safetensors.torch import load_file
 
 import ds_llep
 
@@ -102,6 +103,28 @@ def test_trl(tmp_path, seed):
     out = door.launch(*command, SCRIPT)
     assert "3 steps on 2 ranks through SFTTrainer" in out
     door.check(2, micro_batches=6, stopped="SFTTrainer's engine does not run ds_llep")
+
+
+def test_trl_with_adapters(tmp_path, seed):
+    """On attention and routed experts; what is saved is PEFT's."""
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    config = json.loads((ROOT / "ds_configs" / "hf_trainer_zero3_ep2.json").read_text())
+    config["llep"] = {"enabled": True, "imbalance_threshold": 1.0, "min_tokens_per_gemm": 1}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(port), "examples/trl_sft.py", "--lora", "4", "--steps", "3"]
+    command += ["--deepspeed_config", str(tmp_path / "ds.json"), "--seq-len", "32"]
+    command += ["--checkpointing", "no_reentrant", "--seed", str(seed)]
+    code, out = launch([*command, "--output-dir", str(tmp_path / "saved")], port, ROOT, timeout=600)
+    assert code == 0, out[-6000:]
+    assert "3 steps on 2 ranks through SFTTrainer" in out
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    last = {name: tensor for name, tensor in saved.items() if ".lora_B." in name}
+    assert len(last) == 4 * (4 + 2)  # of each layer attention's matrices and the experts'
+    untrained = [name for name, tensor in last.items() if not tensor.any()]  # they start at zero
+    assert not untrained, untrained
 
 
 def test_native_moe(tmp_path, seed):
