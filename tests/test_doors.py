@@ -76,16 +76,22 @@ class Door:
         return statuses
 
 
-def test_accelerate(tmp_path, seed):
-    """`accelerate launch` by a config file, through the module runner."""
+@pytest.mark.parametrize("how", ["config file", "plugin"])
+def test_accelerate(tmp_path, how, seed):
+    """`accelerate launch` by a config file, or the plugin in the script; by the module runner."""
+    plugin = ["--deepspeed_config", "{config}"] if how == "plugin" else []
     door = Door(
-        *(tmp_path, "accelerate_zero3_ep2.json", "accelerate_loop.py"),
+        *(tmp_path, "accelerate_zero3_ep2.json", "accelerate_loop.py", *plugin),
         *("--steps", "3", "--accumulate", "2", "--seed", str(seed)),
     )
-    config = ["--config_file", "ds_configs/accelerate_zero3_ep2.yaml"]
-    port = ["--main_process_port", str(free_port())]
-    command = ["accelerate.commands.launch", *config, *port, "-m", "ds_llep.run", SCRIPT]
-    out = door.launch(*command)
+    port = str(free_port())
+    if how == "plugin":
+        command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    else:
+        config = "ds_configs/accelerate_zero3_ep2.yaml"
+        command = ["accelerate.commands.launch", "--config_file", config]
+        command += ["--main_process_port", port]
+    out = door.launch(*command, "-m", "ds_llep.run", SCRIPT)
     assert "3 steps on 2 ranks through Accelerate" in out
     door.check(2, micro_batches=6, stopped="Accelerate's engine does not run ds_llep")
 
