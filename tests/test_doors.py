@@ -12,6 +12,7 @@ from unittest import mock
 import engines
 import families
 import pytest
+import transformers
 from deepspeed.runtime.engine import DeepSpeedEngine
 from launcher import ROOT
 from launcher import run as launch
@@ -171,6 +172,29 @@ def test_hf_trainer_on_two_nodes(tmp_path, seed):
     ratios = re.findall(r"step \d+: loss [\d.]+, load ratio ([\d.]+) -> ([\d.]+)", out)
     assert len(ratios) == 1  # the Trainer logs each 5 steps
     assert float(ratios[0][1]) < float(ratios[0][0])
+
+
+def test_hf_trainer_goes_on(tmp_path, seed):
+    """From a checkpoint as if there had been none; and the last one holds the whole model."""
+
+    def train(*args: str) -> list[tuple[str, str]]:
+        port = free_port()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += ["--master_port", str(port), "examples/hf_trainer.py", "--steps", "10", *args]
+        command += ["--deepspeed_config", "ds_configs/hf_trainer_zero3_ep2.json"]
+        command += ["--seq-len", "32", "--micro-batch", "2", "--seed", str(seed)]
+        code, out = launch(command, port, ROOT, timeout=600)
+        assert code == 0, out[-6000:]
+        return re.findall(r"step (\d+): loss ([\d.]+)", out)
+
+    whole = train("--output-dir", str(tmp_path / "whole"), "--save-steps", "5")
+    half = str(tmp_path / "whole" / "checkpoint-5")
+    assert [step for step, _ in whole] == ["5", "10"]
+    assert train("--output-dir", str(tmp_path / "rest"), "--resume", half) == whole
+    _, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole" / "checkpoint-10", output_loading_info=True
+    )
+    assert not any(found.values()), found
 
 
 def late_import(seed: int) -> str:
