@@ -60,6 +60,7 @@ class WholeModel:
                 f"{', '.join(dict.fromkeys(differing))} differ in shape, or are only in one of the "
                 "two. Bring model.config in line with the model."
             )
+        _forget_quantization(self.model)
 
     def blocks_on_meta(self) -> Iterator[Tensors]:
         """:meth:`blocks` without values, on every rank, and without communication."""
@@ -121,6 +122,17 @@ def is_of_transformers(model: Any) -> bool:
     """Whether it is a model of transformers itself, and not a wrapper around one such as PEFT's."""
     modeling = sys.modules.get("transformers.modeling_utils")  # importing it takes seconds
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def _forget_quantization(model: Any) -> None:
+    """Let transformers save a model that was loaded dequantized as one that never was quantized.
+
+    It would give the weights the names that packed ones had in the checkpoint.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    operations = [each for found in conversions for each in getattr(found, "operations", ())]
+    if any(hasattr(each, "hf_quantizer") for each in operations):
+        model._weight_conversions = None  # those of the model's class are found by that
 
 
 def _saved_tensors(model: torch.nn.Module) -> Tensors:

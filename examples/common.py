@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
     MixtralConfig,
+    Mxfp4Config,
     PreTrainedConfig,
     Qwen3MoeConfig,
 )
@@ -135,10 +137,20 @@ def load(name: str, seed: int) -> tuple[torch.nn.Module, Callable[[str], list[in
     """
     if name in BUILTIN_MODELS:
         return builtin_model(name, seed), encode_bytes
-    model = AutoModelForCausalLM.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, **dequantized(name))
     model.config.use_cache = False
     tokenizer = AutoTokenizer.from_pretrained(name)
     return model, lambda text: tokenizer(text, verbose=False)["input_ids"]
+
+
+def dequantized(name: str) -> dict:
+    """What `from_pretrained` must be told to read weights that are published in MXFP4, as those of
+    gpt-oss are, as weights that can be trained.
+    """
+    found = getattr(AutoConfig.from_pretrained(name), "quantization_config", None) or {}
+    if found.get("quant_method") != "mxfp4":
+        return {}
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
 def on_gpu() -> bool:

@@ -16,7 +16,14 @@ import time
 import deepspeed
 import deepspeed.comm as dist
 import torch
-from common import BUILTIN_MODELS, builtin_model, encode_bytes, read_documents, token_blocks
+from common import (
+    BUILTIN_MODELS,
+    builtin_model,
+    dequantized,
+    encode_bytes,
+    read_documents,
+    token_blocks,
+)
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from tqdm import tqdm
@@ -38,6 +45,7 @@ def parse_args():
     add("--steps", type=int, default=60, help="optimizer steps, counted from the very first run")
     add("--seq-len", type=int, default=128, help="tokens per sequence")
     add("--micro-batch", type=int, help="sequences per rank, in place of the JSON's")
+    add("--checkpointing", action="store_true", help="recompute activations in backward")
     add("--lr", type=float, help="learning rate, in place of the JSON's")
     add("--seed", type=int, default=0, help="of the weights of a built-in model and the data order")
     add(
@@ -74,7 +82,7 @@ def load_model(args, ds_config: dict):
     hf_config = HfDeepSpeedConfig(ds_config)
     enabled = [name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[enabled[0]] if enabled else "float32"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **dequantized(args.model))
     del hf_config
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     return model, lambda text: tokenizer(text, verbose=False)["input_ids"], tokenizer
@@ -109,6 +117,8 @@ def main():
             tqdm.write(" ".join(words))
 
     model, encode, tokenizer = load_model(args, ds_config)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     blocks = token_blocks(read_documents(args.data), encode, args.seq_len, args.seed)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=ds_config

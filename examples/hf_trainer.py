@@ -33,6 +33,8 @@ def parse_args():
     add("--lr", type=float, default=2e-3)
     add("--seed", type=int, default=0)
     add("--output-dir", default="checkpoints/hf_trainer")
+    add("--save-steps", type=int, help="steps between two checkpoints in the output directory")
+    add("--resume", help="directory of a checkpoint to go on from")
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     return parser.parse_args()
 
@@ -52,7 +54,8 @@ def main():
         bf16=on_gpu(),
         use_cpu=not on_gpu(),
         logging_steps=5,
-        save_strategy="no",
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 0,
         report_to="none",
         seed=args.seed,
     )
@@ -64,7 +67,7 @@ def main():
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
     )
     LLEPCallback.attach(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume)
 
     status = ds_llep.status(trainer.model_wrapped)
     assert status["active"], "the Trainer's engine does not run ds_llep"

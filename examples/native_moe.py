@@ -1,6 +1,7 @@
 """Train a model of one's own with DeepSpeed's MoE layers; the JSON switches llep on.
 
-    deepspeed examples/native_moe.py --deepspeed_config ds_configs/native_moe_zero2.json
+    deepspeed --num_gpus 2 examples/native_moe.py \\
+        --deepspeed_config ds_configs/native_moe_zero2.json
 
 A small transformer with a `deepspeed.moe.layer.MoE` in every block, in a plain DeepSpeed loop. The
 only lines about ds_llep are the import and calls of `ds_llep.status`, which report what it does.

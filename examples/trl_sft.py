@@ -5,7 +5,8 @@
 
 SFTTrainer is a Trainer: it calls `deepspeed.initialize`, and all that it knows of ds_llep is the
 "llep" section in the JSON. Documents are packed, or with `--prompts` cut into a prompt and a
-completion of which only the completion is learned.
+completion of which only the completion is learned. `--lora` trains PEFT's adapters on attention and
+routed experts, and saves them in the output directory.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def parse_args():
     add("--model", default="tiny-qwen3-moe", help=f"{', '.join(BUILTIN_MODELS)}, or a HF path")
     add("--data", default="builtin", help='"builtin", a .txt file, or .jsonl with a "text" field')
     add("--prompts", action="store_true", help="learn the second half of each document only")
+    add("--lora", type=int, default=0, help="train adapters of this rank, by PEFT")
     add("--checkpointing", choices=["reentrant", "no_reentrant"], help="of activations")
     add("--steps", type=int, default=20)
     add("--seq-len", type=int, default=128)
@@ -77,13 +79,25 @@ def main():
         }
     else:
         columns = {"text": documents}
+    adapters = None
+    if args.lora:
+        from peft import LoraConfig
+
+        adapters = LoraConfig(
+            r=args.lora,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        )
     trainer = SFTTrainer(
         model=model,
         args=training_args,
         train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
+        peft_config=adapters,
     )
     trainer.train()
+    if args.lora:
+        trainer.save_model()
 
     status = ds_llep.status(trainer.model_wrapped)
     assert status["active"], "SFTTrainer's engine does not run ds_llep"

@@ -12,10 +12,12 @@ from unittest import mock
 import engines
 import families
 import pytest
+import transformers
 from deepspeed.runtime.engine import DeepSpeedEngine
 from launcher import ROOT
 from launcher import run as launch
 from ranks import free_port, remove_shared_buffers
+from safetensors.torch import load_file
 
 import ds_llep
 
@@ -75,16 +77,22 @@ class Door:
         return statuses
 
 
-def test_accelerate(tmp_path, seed):
-    """`accelerate launch` by a config file, through the module runner."""
+@pytest.mark.parametrize("how", ["config file", "plugin"])
+def test_accelerate(tmp_path, how, seed):
+    """`accelerate launch` by a config file, or the plugin in the script; by the module runner."""
+    plugin = ["--deepspeed_config", "{config}"] if how == "plugin" else []
     door = Door(
-        *(tmp_path, "accelerate_zero3_ep2.json", "accelerate_loop.py"),
+        *(tmp_path, "accelerate_zero3_ep2.json", "accelerate_loop.py", *plugin),
         *("--steps", "3", "--accumulate", "2", "--seed", str(seed)),
     )
-    config = ["--config_file", "ds_configs/accelerate_zero3_ep2.yaml"]
-    port = ["--main_process_port", str(free_port())]
-    command = ["accelerate.commands.launch", *config, *port, "-m", "ds_llep.run", SCRIPT]
-    out = door.launch(*command)
+    port = str(free_port())
+    if how == "plugin":
+        command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    else:
+        config = "ds_configs/accelerate_zero3_ep2.yaml"
+        command = ["accelerate.commands.launch", "--config_file", config]
+        command += ["--main_process_port", port]
+    out = door.launch(*command, "-m", "ds_llep.run", SCRIPT)
     assert "3 steps on 2 ranks through Accelerate" in out
     door.check(2, micro_batches=6, stopped="Accelerate's engine does not run ds_llep")
 
@@ -102,6 +110,28 @@ def test_trl(tmp_path, seed):
     out = door.launch(*command, SCRIPT)
     assert "3 steps on 2 ranks through SFTTrainer" in out
     door.check(2, micro_batches=6, stopped="SFTTrainer's engine does not run ds_llep")
+
+
+def test_trl_with_adapters(tmp_path, seed):
+    """On attention and routed experts; what is saved is PEFT's."""
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    config = json.loads((ROOT / "ds_configs" / "hf_trainer_zero3_ep2.json").read_text())
+    config["llep"] = {"enabled": True, "imbalance_threshold": 1.0, "min_tokens_per_gemm": 1}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(port), "examples/trl_sft.py", "--lora", "4", "--steps", "3"]
+    command += ["--deepspeed_config", str(tmp_path / "ds.json"), "--seq-len", "32"]
+    command += ["--checkpointing", "no_reentrant", "--seed", str(seed)]
+    code, out = launch([*command, "--output-dir", str(tmp_path / "saved")], port, ROOT, timeout=600)
+    assert code == 0, out[-6000:]
+    assert "3 steps on 2 ranks through SFTTrainer" in out
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    last = {name: tensor for name, tensor in saved.items() if ".lora_B." in name}
+    assert len(last) == 4 * (4 + 2)  # of each layer attention's matrices and the experts'
+    untrained = [name for name, tensor in last.items() if not tensor.any()]  # they start at zero
+    assert not untrained, untrained
 
 
 def test_native_moe(tmp_path, seed):
@@ -142,6 +172,29 @@ def test_hf_trainer_on_two_nodes(tmp_path, seed):
     ratios = re.findall(r"step \d+: loss [\d.]+, load ratio ([\d.]+) -> ([\d.]+)", out)
     assert len(ratios) == 1  # the Trainer logs each 5 steps
     assert float(ratios[0][1]) < float(ratios[0][0])
+
+
+def test_hf_trainer_goes_on(tmp_path, seed):
+    """From a checkpoint as if there had been none; and the last one holds the whole model."""
+
+    def train(*args: str) -> list[tuple[str, str]]:
+        port = free_port()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += ["--master_port", str(port), "examples/hf_trainer.py", "--steps", "10", *args]
+        command += ["--deepspeed_config", "ds_configs/hf_trainer_zero3_ep2.json"]
+        command += ["--seq-len", "32", "--micro-batch", "2", "--seed", str(seed)]
+        code, out = launch(command, port, ROOT, timeout=600)
+        assert code == 0, out[-6000:]
+        return re.findall(r"step (\d+): loss ([\d.]+)", out)
+
+    whole = train("--output-dir", str(tmp_path / "whole"), "--save-steps", "5")
+    half = str(tmp_path / "whole" / "checkpoint-5")
+    assert [step for step, _ in whole] == ["5", "10"]
+    assert train("--output-dir", str(tmp_path / "rest"), "--resume", half) == whole
+    _, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole" / "checkpoint-10", output_loading_info=True
+    )
+    assert not any(found.values()), found
 
 
 def late_import(seed: int) -> str:

@@ -1,4 +1,4 @@
-"""The examples through the real launcher, on four CPU ranks."""
+"""The examples through the real launcher, on CPU ranks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
+import torch
 from launcher import ROOT, environment, launch
+from quantized import write_mxfp4
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 
-def run_example(*command: str) -> str:
-    """Run an example on four CPU ranks; its output."""
-    code, output = launch(4, *command, cwd=ROOT, timeout=600)
+def run_example(*command: str, ranks: int = 4) -> str:
+    """Run an example on CPU ranks; its output."""
+    code, output = launch(ranks, *command, cwd=ROOT, timeout=600)
     assert code == 0, output[-4000:]
     return output
 
@@ -44,6 +48,39 @@ def test_finetune_save_and_resume(tmp_path):
     assert resumed < start - (start - middle) / 2, "the second half began anew"
     before, after = re.search(r"mean load ratio ([\d.]+) -> ([\d.]+)", second).groups()
     assert float(after) < float(before)
+
+
+def test_finetune_in_and_out(tmp_path, seed):
+    """A directory as gpt-oss is published, into ZeRO-3 and out; and out of a checkpoint alike."""
+    words = "the quick brown fox jumps over the lazy dog again and again".split()
+    published = tmp_path / "published"
+    before = write_mxfp4(published, seed)
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, words[0]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(published)
+    (tmp_path / "text.txt").write_text(" ".join(words * 300))
+    ds_config = json.loads((ROOT / "ds_configs/demo_cpu_zero3_ep2.json").read_text())
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({**ds_config, "bf16": {"enabled": True}}))
+    common = (
+        *("examples/finetune.py", "--deepspeed_config", str(config)),
+        *("--model", str(published), "--data", str(tmp_path / "text.txt"), "--steps", "2"),
+        *("--seq-len", "32", "--micro-batch", "2", "--checkpointing"),
+    )
+    checkpoint, folders = str(tmp_path / "checkpoint"), [tmp_path / name for name in ("a", "b")]
+    out = run_example(*common, "--save", checkpoint, "--save-hf", str(folders[0]), ranks=2)
+    assert "llep: active on 2 MoE layer(s)" in out
+    out = run_example(*common, "--resume", checkpoint, "--save-hf", str(folders[1]), ranks=2)
+    assert "after 2 steps" in out and "tokens/s" not in out
+    trained, again = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders
+    )
+    assert trained.keys() == before.keys()
+    assert not [name for name in trained if not torch.equal(trained[name], again[name])]
+    unchanged = [name for name in before if torch.equal(trained[name], before[name])]
+    assert not unchanged, unchanged
+    assert AutoTokenizer.from_pretrained(folders[1])("lazy dog")["input_ids"] == [6, 7]
 
 
 @pytest.mark.parametrize("script", ["finetune.py", "hf_trainer.py"])

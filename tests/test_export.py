@@ -11,11 +11,13 @@ import accelerate
 import deepspeed.comm as dist
 import engines
 import pytest
+import quantized
 import safetensors.torch
 import torch
 import transformers
 from accelerate.utils import DistributedType
 from families import build
+from transformers.integrations import HfDeepSpeedConfig
 
 import ds_llep
 
@@ -182,6 +184,52 @@ def whole_state_dicts(stage: int, directory: str, seed: int) -> None:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_whole_state_dicts(pools, stage, tmp_path, seed):
     pools(4).run(whole_state_dicts, stage, str(tmp_path), seed)
+
+
+def dequantized(kind: str, stage: int, llep: bool, directory: str, seed: int) -> None:
+    """A quantized checkpoint into an engine, and out again in all ways as what it stands for."""
+    write, loaded_with = quantized.WRITERS[kind]
+    published = Path(directory, "published")
+    meant = write(published, seed) if dist.get_rank() == 0 else {}
+    dist.barrier()
+    gather = {"stage3_gather_16bit_weights_on_model_save": True}
+    config = engines.ds_config(stage, 2, "bf16", {} if llep else None, zero=gather)
+    keep = HfDeepSpeedConfig(config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        published, quantization_config=loaded_with(dequantize=True), dtype=torch.bfloat16
+    )
+    engine = engines.initialize(model, config)
+    del keep
+    ds_llep.save_pretrained(engine, f"{directory}/ours")
+    if llep:
+        engine.save_16bit_model(directory)
+        accelerator = types.SimpleNamespace(
+            distributed_type=DistributedType.DEEPSPEED, deepspeed_config=engine.config
+        )
+        state_dict = accelerate.Accelerator.get_state_dict(accelerator, engine)
+    if dist.get_rank() == 0:
+        found = [read(f"{directory}/ours")]
+        if llep:
+            engine.module.save_pretrained(f"{directory}/trainer", state_dict=state_dict)
+            found.append(read(f"{directory}/trainer"))
+            saved = torch.load(f"{directory}/pytorch_model.bin")
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/ours")
+            assert saved.keys() == loaded.state_dict().keys()
+            assert all(torch.equal(saved[n], t) for n, t in loaded.state_dict().items())
+        for tensors in found:
+            assert tensors.keys() == meant.keys(), tensors.keys() ^ meant.keys()
+            assert not [name for name in meant if not torch.equal(tensors[name], meant[name])]
+        settings = json.loads(Path(directory, "ours", "config.json").read_text())
+        assert "quantization_config" not in settings
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "kind, stage, llep",
+    [("mxfp4", 1, True), ("mxfp4", 3, True), ("mxfp4", 2, False), ("fp8", 3, True)],
+)
+def test_what_was_quantized(pools, kind, stage, llep, tmp_path, seed):
+    pools(2).run(dequantized, kind, stage, llep, str(tmp_path), seed)
 
 
 def plain_engines(directory: str, seed: int) -> None:

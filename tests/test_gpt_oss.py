@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import engines
 import layers
 import pytest
@@ -12,7 +10,7 @@ from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.module_inject.auto_ep_presets import registry
 from families import build
-from safetensors.torch import load_file, save_file
+from quantized import write_mxfp4
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from ds_llep import gpt_oss
@@ -96,48 +94,22 @@ def test_frozen_experts():
     assert [w.requires_grad for w in (experts.w1, experts.w2, experts.w3)] == [False, True, False]
 
 
-def quantize(matrix_EFD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Blocks and scales of MXFP4, 32 numbers a block, and what they stand for as ``[E, D, F]``."""
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-    E, F, D = matrix_EFD.shape
-    blocks = matrix_EFD.reshape(E, F, D // 32, 32)
-    power = torch.floor(torch.log2(blocks.abs().amax(-1))) - 2
-    codes = (blocks.unsqueeze(-1) / 2 ** power[..., None, None] - values).abs().argmin(-1)
-    meant = values[codes] * 2 ** power[..., None]
-    packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
-    return packed, (power + 127).to(torch.uint8), meant.reshape(E, F, D).transpose(1, 2)
-
-
 def test_mxfp4_checkpoint(tmp_path, seed):
-    """Loaded dequantized; as it is, refused by name."""
-    model = build("gpt_oss", seed)
-    config = model.config
-    config.intermediate_size = 64  # whole blocks
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    meant = {}
-    for name in list(tensors):
-        if name.endswith(("gate_up_proj", "down_proj")):
-            shape = tensors.pop(name).transpose(1, 2).shape
-            blocks, scales, meant[name] = quantize(torch.randn(shape))
-            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    settings = json.loads((tmp_path / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-
+    """Loaded dequantized, its experts are what the blocks stand for."""
+    meant = write_mxfp4(tmp_path, seed)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
     )
-    assert len(meant) == 4
     for name, tensor in meant.items():
-        torch.testing.assert_close(loaded.get_parameter(name).float(), tensor)
+        assert torch.equal(loaded.get_parameter(name), tensor), name
+    loaded.save_pretrained(tmp_path / "once", save_original_format=False)  # docs/checkpoints.md
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "once").state_dict()
+    assert again.keys() == meant.keys()
+    assert not [name for name in meant if not torch.equal(again[name], meant[name])]
     experts = convert(loaded).model.layers[0].mlp.experts
     gate_up = meant["model.layers.0.mlp.experts.gate_up_proj"]
-    torch.testing.assert_close(split(experts.w1, 64)[0].float(), gate_up[..., ::2].transpose(1, 2))
-    torch.testing.assert_close(split(experts.w3, 64)[0].float(), gate_up[..., 1::2].transpose(1, 2))
+    assert torch.equal(split(experts.w1, 64)[0], gate_up[..., ::2].transpose(1, 2))
+    assert torch.equal(split(experts.w3, 64)[0], gate_up[..., 1::2].transpose(1, 2))
 
 
 def test_quantized_experts_are_refused():

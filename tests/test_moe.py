@@ -16,6 +16,7 @@ import layers
 import natives
 import pytest
 import torch
+from deepspeed.module_inject.layers import set_autotp_mode
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import safe_get_full_grad
 
@@ -103,6 +104,8 @@ def test_experts(pools, kind, seed):
         {"k": 1, "noisy_gate_policy": "RSample"},
         {"k": 1, "use_rts": False, "capacity_factor": 0.5, "drop_tokens": True},
         {"k": 1, "some_unused": True},
+        {"k": 2, "noisy_gate_policy": "Jitter"},
+        {"k": 4, "noisy_gate_policy": "Jitter", "use_residual": True},
         {"k": 2, "top2_2nd_expert_sampling": False},
         {"k": 2, "use_residual": True},
         {"k": 2, "train": False},
@@ -177,14 +180,14 @@ def compare_engines(stage: int, seed: int, folder: str) -> tuple[list[dict], dic
         number = seed + len(off)
         native = deepspeed.moe.layer.MoE
         theirs, _ = one_step(native, stage, None, number, saved[0], loaded[0])
-        ours, status = one_step(native, stage, {}, number, saved[1], loaded[1])
+        ours, status = one_step(ds_llep.MoE, stage, {}, number, saved[1], loaded[1])
         off.append(layers.errors(ours, theirs))
     return off, status
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_engine(pools, stage, seed, tmp_path):
-    """Layers are converted; they share the popular experts of a residual and a smaller layer."""
+    """Of layers made as ours: they share the popular experts of a residual and a smaller layer."""
     for off, status in pools(4).run(compare_engines, stage, seed, str(tmp_path)):
         for errors in off:
             assert max(errors.values()) < 1e-4, f"seed {seed}: {errors}"
@@ -273,13 +276,35 @@ def start_up(build, sections: dict) -> tuple[str, str]:
     config = engines.ds_config(1, 1, **{"llep": {}, **sections})
     if "expert_parallel" not in sections:
         del config["expert_parallel"]
-    return refused(engines.initialize, build(), config)
+    try:
+        return refused(engines.initialize, build(), config)
+    finally:
+        set_autotp_mode(training=False)  # deepspeed.initialize sets it, for the whole process
 
 
 def model(expert=natives.mlp, ep_sizes=(2,), **options) -> torch.nn.Module:
     return torch.nn.Sequential(
         *(ds_llep.MoE(natives.HIDDEN, expert(), 4, size, **options) for size in ep_sizes)
     )
+
+
+def changed(change) -> torch.nn.Module:
+    """The model after something was done to what is inside its layer."""
+    found = model()
+    change(found[0].deepspeed_moe)
+    return found
+
+
+def with_tutel(moe) -> None:
+    moe.use_tutel = True  # as the constructor does where Tutel is installed
+
+
+def another_gate(moe) -> None:
+    moe.gate.__class__ = type("MyGate", (type(moe.gate),), {})
+
+
+def unlike_experts(moe) -> None:
+    moe.experts.deepspeed_experts[1][0].bias.requires_grad_(False)
 
 
 # What is wrong: the model, sections of the JSON, words of the message.
@@ -304,6 +329,26 @@ START_UP = {
         partial(model, enable_expert_tensor_parallelism=True),
         {},
         ["enable_expert_tensor_parallelism=False"],
+    ),
+    "AutoTP": (
+        model,
+        {"tensor_parallel": {"autotp_size": 2}},
+        ["the model is tensor-parallel over 2 ranks. Set that to 1"],
+    ),
+    "Tutel": (
+        partial(changed, with_tutel),
+        {},
+        ["layer '0': it dispatches with Tutel. Set use_tutel=False"],
+    ),
+    "gate": (
+        partial(changed, another_gate),
+        {},
+        ["layer '0'", "a MyGate in the place of DeepSpeed's TopKGate"],
+    ),
+    "experts": (
+        partial(changed, unlike_experts),
+        {},
+        ["layer '0': its experts differ in their parameters or buffers. Make them alike"],
     ),
     "two EP sizes": (partial(model, ep_sizes=(1, 2)), {}, ["one ep_size", "[1, 2]"]),
     "shards": (
