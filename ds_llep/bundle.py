@@ -9,12 +9,16 @@ experts of a rank are one autograd function, which is there on every rank, also 
 borrowed. It keeps their rows alone and computes them once more in backward, since their weights may
 be gone by then. The price is one more forward pass over the rows that spill, and that an expert
 must do the same twice: dropout is refused.
+
+Foreign experts' gradients return in a function of their own, which autograd runs when the home
+experts' backward is done: a home rank has work of its own while its helpers compute them. They are
+kept until then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, cycle, islice, repeat
 from math import prod
@@ -168,26 +172,48 @@ class ForeignJob:
     keep: bool
     """Keep their weights between forward and backward instead of fetching them again."""
     exchange: Exchange
-    out_dtype: torch.dtype
-    """Of the home experts' output."""
     kernels: KernelSet | None
     """As for :func:`compute_all`."""
+    gradients: list[list[torch.Tensor]] = field(default_factory=list)
+    """Of each foreign expert's trained parameters, on their way from backward to the return."""
 
 
-def compute_foreign(rows_ND: torch.Tensor, job: ForeignJob) -> torch.Tensor:
-    """The foreign experts' output for their rows, ``[N, D]``, differentiable.
+def expect_gradients(rows_ND: torch.Tensor, job: ForeignJob) -> torch.Tensor:
+    """The promise that :func:`compute_foreign` takes; to be made before the home experts compute.
 
-    Every rank of the EP group calls this. Gradients of the weights go to their home ranks, which
-    get them here as gradients of their own parameters, so that autograd adds them to those of the
-    home rows before anybody sees the sum.
+    Autograd runs first what was made last, so that its backward comes after theirs. There every
+    rank of the EP group sends foreign gradients to their home ranks, which get them as gradients of
+    their own parameters: autograd adds them to those of the home rows before anybody sees the sum.
     """
     home = [param for expert in job.foreign.experts for param in trained(expert).values()]
-    return _ForeignExperts.apply(rows_ND, job, *home)
+    return _Homecoming.apply(rows_ND.detach(), job, *home)
+
+
+class _Homecoming(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_ND, job, *home):
+        ctx.job = job
+        return rows_ND.new_zeros(())  # on the device, as autograd has a queue for each
+
+    @staticmethod
+    def backward(ctx, _):
+        with part("gradient return"):
+            return None, None, *_return(ctx.job)
+
+
+def compute_foreign(
+    rows_ND: torch.Tensor, promise: torch.Tensor, job: ForeignJob, dtype: torch.dtype
+) -> torch.Tensor:
+    """The foreign experts' output for their rows, ``[N, D]`` in ``dtype``, differentiable.
+
+    Every rank of the EP group calls this, with what :func:`expect_gradients` returned.
+    """
+    return _ForeignExperts.apply(rows_ND, promise, job, dtype)
 
 
 class _ForeignExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, job, *home):
+    def forward(ctx, rows_ND, promise, job, out_dtype):
         with part("fetch"):
             job.foreign.start()
         with part("wait for foreign"):
@@ -199,9 +225,9 @@ class _ForeignExperts(torch.autograd.Function):
         with part("foreign experts"):
             tensors = [job.foreign.module_layout.views(bundle) for bundle in bundles]
             if not tensors:
-                return rows_ND.new_empty(rows_ND.shape, dtype=job.out_dtype)
+                return rows_ND.new_empty(rows_ND.shape, dtype=out_dtype)
             arguments = job.foreign.experts, rows_ND, job.counts, job.kernels, tensors
-            return compute_all(*arguments).to(job.out_dtype)
+            return compute_all(*arguments).to(out_dtype)
 
     @staticmethod
     def backward(ctx, grad_ND):
@@ -217,12 +243,8 @@ class _ForeignExperts(torch.autograd.Function):
             torch.enable_grad(),
             torch.autocast(rows_ND.device.type, enabled=enabled, dtype=dtype),
         ):
-            grad_rows, gradients = _gradients(ctx.job, rows_ND, bundles, grad_ND)
-        if not any(ctx.needs_input_grad[2:]):
-            return grad_rows, None
-        with part("gradient return"):
-            returned = _return(ctx.job, gradients)
-        return grad_rows, None, *returned
+            grad_rows, job.gradients[:] = _gradients(job, rows_ND, bundles, grad_ND)
+        return grad_rows, rows_ND.new_zeros(()), None, None
 
 
 def _gradients(
@@ -255,7 +277,7 @@ def _gradients(
     return grad_rows, gradients
 
 
-def _return(job: ForeignJob, gradients: list[list[torch.Tensor]]) -> list[torch.Tensor | None]:
+def _return(job: ForeignJob) -> list[torch.Tensor | None]:
     """Send foreign gradients home; what has come here, for the trained parameters at home."""
     experts = job.foreign.experts
     like = list(trained(experts[0]).values())
@@ -265,8 +287,9 @@ def _return(job: ForeignJob, gradients: list[list[torch.Tensor]]) -> list[torch.
     numels = [param.numel() for param in like]
     homecoming = GradientReturn(job.exchange, job.plan, BundleLayout((torch.Size([sum(numels)]),)))
     (sent,) = homecoming.memory(like[0].new_empty(0, dtype=wide))
-    for target, grads in zip(sent, gradients, strict=True):
+    for target, grads in zip(sent, job.gradients, strict=True):
         torch.cat([grad.reshape(-1).to(wide) for grad in grads], out=target)
+    job.gradients.clear()
     ep_rank = job.exchange.table.ep_rank
     lent = {spill.expert % len(experts) for spill in job.plan.lent_experts(ep_rank)}
     received = {expert: like[0].new_zeros(sum(numels), dtype=wide) for expert in lent}

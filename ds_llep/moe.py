@@ -32,6 +32,7 @@ from ds_llep.bundle import (
     compute,
     compute_all,
     compute_foreign,
+    expect_gradients,
 )
 from ds_llep.config import SECTION
 from ds_llep.counts import Counting
@@ -118,19 +119,19 @@ class BalancedMOELayer(MOELayer):
         unweighed = x_VD.new_zeros((len(x_VD), 1))
         kernels = context.kernels if context.grouped else None
         rows = dispatch(x_VD, unweighed, route, maps, DispatchBackward(route))
-        with part("home experts"):  # each also where it has no rows
-            counts = route.rows_per_slot[: len(experts)]
-            out_home = compute_all(experts, rows.home_rows, counts, kernels)
         job = ForeignJob(
             plan=plan,
             counts=route.rows_per_slot[len(experts) :],
             foreign=foreign,
             keep=keep_foreign,
             exchange=exchange,
-            out_dtype=out_home.dtype,
             kernels=kernels,
         )
-        out_foreign = compute_foreign(rows.foreign_rows, job)
+        promise = expect_gradients(rows.foreign_rows, job)
+        with part("home experts"):  # each also where it has no rows
+            counts = route.rows_per_slot[: len(experts)]
+            out_home = compute_all(experts, rows.home_rows, counts, kernels)
+        out_foreign = compute_foreign(rows.foreign_rows, promise, job, out_home.dtype)
         y_VD = combine(out_home, out_foreign, rows.arrived_UK, route, maps)
         if not keep_foreign:
             y_VD = start_in_backward(y_VD, foreign)

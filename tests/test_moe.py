@@ -21,6 +21,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import safe_get_full_grad
 
 import ds_llep
+from ds_llep import bundle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -130,6 +131,32 @@ def test_settings(pools, checkpointing, settings, seed):
     """Neither settings nor activation checkpointing change the result."""
     options = dict(k=2, drop_tokens=False, settings=settings, checkpointing=checkpointing)
     check(pools(4).run(compare, "scaled", 4, torch.float32, seed, **options), seed)
+
+
+def order_of_backward(kind: str, seed: int) -> tuple[list[str], list[int]]:
+    """What happens in backward, first to last, and how many experts each layer borrows."""
+    moe = natives.twin(natives.layer(kind, 4, seed, k=2, drop_tokens=False))
+    order, give_back = [], bundle._return
+    for expert in moe.deepspeed_moe.experts.deepspeed_experts:
+        expert.register_full_backward_hook(lambda *_: order.append("home"))
+
+    def noted(job):
+        order.append("return")
+        return give_back(job)
+
+    with mock.patch.object(bundle, "_return", noted):
+        natives.run(moe, *natives.draw([moe], 48, torch.float32, seed), seed)
+    return order, moe.deepspeed_moe.llep.statistics.last()["foreign_experts"]
+
+
+@pytest.mark.parametrize("kind", ["gated", "all frozen"])
+def test_gradients_return_behind_the_home_experts(pools, kind, seed):
+    """Earlier, a home rank would wait for its helpers while it has work of its own."""
+    results = pools(4).run(order_of_backward, kind, seed)
+    for order, foreign in results:
+        assert min(foreign) > 0, "nothing was spilled: this tests nothing"
+        homes = [at for at, what in enumerate(order) if what == "home"]
+        assert homes and order[len(homes) :] == ([] if kind == "all frozen" else ["return"])
 
 
 def one_step(make, stage: int, llep: dict | None, seed: int, saved: str, loaded: str | None):
