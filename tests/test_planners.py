@@ -266,9 +266,12 @@ def gaps_to_the_optimum(seed):
     return gaps, lines
 
 
-@pytest.mark.parametrize("workload", ["95:1", "zipf:1"])
+@pytest.mark.parametrize("workload", ["95:1", "zipf:1", "ragged"])
 def test_near_the_best_plan_with_few_experts_on_two_nodes(workload):
-    """One transfer carries a node's tokens, and pays for one that goes the other way."""
+    """One transfer carries a node's tokens, and pays for one that goes the other way.
+
+    With `ragged` one rank of each node is slow by what it sends, and the others exchange experts.
+    """
     shape = PRESETS["qwen3-30b-a3b"]
     case = Case(
         parse(workload).counts_PE(4, Draw(8, 2, 2048, 0, 0, 0, 0)),
@@ -333,3 +336,14 @@ def test_without_a_working_compiler(script, message, tmp_path, monkeypatch):
     planner_cost.library.cache_clear()
     with pytest.raises(ValueError, match=f'{message}.*set "llep.planner" to "lla"'):
         make_plan(HOT, config_of(planner="cost"))
+
+
+def test_a_compiler_that_does_not_know_the_processor(tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *native*) exit 1;; esac\nexec {shutil.which("cc")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(planner_cost.shutil, "which", lambda name: str(compiler))
+    planner_cost.library.cache_clear()
+    assert make_plan(HOT, config_of(planner="cost"), FREE_SPILLS).spills
