@@ -709,15 +709,15 @@ static i64 improve(Search *s, const Saved *at_home, Saved *found, i64 best, i64 
     return best;
 }
 
-/* Search from the best plan without one of the transfers of its slowest rank, each in turn. Returns
- * the best time. */
+/* Search from the best plan without one of its transfers, each in turn; on one node, where others
+ * seldom gain, only those of the slowest rank. Returns the best time. */
 static i64 reconsider(Search *s, Saved *found, i64 best, i64 bound) {
     restore(s, found);
     i64 g = slowest(s);
     for (i64 i = 0; i < found->count && s->shifts > 0; i++) {
         Spill spill = found->spills[i];
         i64 home = s->home[spill.expert];
-        if (g != home && g != spill.helper) continue;
+        if (s->nodes == 1 && g != home && g != spill.helper) continue;
         restore(s, found);
         shift(s, spill.expert, spill.helper, home, spill.tokens);
         if (too_many(s, home)) continue;
