@@ -27,7 +27,7 @@ enum { INSIDE, BETWEEN, KINDS };
 /* Helpers of each kind to choose from, shifts to try, experts to borrow to choose from. */
 enum { CANDIDATES = 2, TRIES = 3, EXPERTS = 4 };
 enum { NO_MEMORY = -1, TOO_MANY = -2 };
-enum { SHIFTS = 2500 };             /* of a whole search: half a millisecond */
+enum { SHIFTS = 2000 };             /* of a whole search: half a millisecond */
 enum { RANKS = 2 + 4 * KINDS };     /* numbers that are kept for each rank */
 
 /* Where a search starts: all at home; experts replicated where that spares more than the transfer,
