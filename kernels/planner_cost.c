@@ -547,7 +547,8 @@ static void replicate(Search *s, i64 target) {
     }
 }
 
-/* Relieve the slowest rank until nothing does; `overfill` and `sending` are of the ways to. */
+/* Relieve the slowest rank until nothing does. overfill: helpers may be filled beyond the target.
+ * sending: nodes may borrow what they send. */
 static void search(Search *s, i64 target, i64 best, int overfill, int sending) {
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
