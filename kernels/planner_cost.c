@@ -2,11 +2,12 @@
  *
  * A rank's time is a sum of prices (ds_llep/costs.py), kept exactly for every rank while tokens are
  * shifted from one rank to another. The search keeps relieving the slowest rank: first along
- * experts that are shared already, which costs no transfer, then by lending another of its home
- * experts. A shift aims at a target time, on both ends, so that most ranks are settled by one. Where
- * nobody can relieve the slowest rank within the target, the target is raised, a third of the way.
- * What is found depends on the first target, so several are tried, each nearer to the best time
- * found so far. At last, each transfer of the best plan's slowest rank is tried without.
+ * experts that are shared already, which costs no transfer, then by lending another of its
+ * experts, then by letting its node borrow experts that its tokens choose on other nodes. A shift
+ * aims at a target time, on both ends, so that most ranks are settled by one. Where nobody can
+ * relieve the slowest rank within the target, the target is raised, a third of the way. What is
+ * found depends on the first target, so several are tried, each nearer to the best time found so
+ * far. At last, each transfer of the best plan's slowest rank is tried without.
  *
  * Integers, and two IEEE doubles as in Python: every rank finds the same plan. No recursion, memory
  * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone back
@@ -23,9 +24,10 @@
 typedef int64_t i64;
 
 enum { INSIDE, BETWEEN, KINDS };
-enum { CANDIDATES = 2, TRIES = 3 }; /* helpers of each kind to choose from, shifts to try */
+/* Helpers of each kind to choose from, shifts to try, experts to borrow to choose from. */
+enum { CANDIDATES = 2, TRIES = 3, EXPERTS = 4 };
 enum { NO_MEMORY = -1, TOO_MANY = -2 };
-enum { SHIFTS = 5000 };             /* of a whole search: a millisecond */
+enum { SHIFTS = 2000 };             /* of a whole search: half a millisecond */
 enum { RANKS = 2 + 4 * KINDS };     /* numbers that are kept for each rank */
 
 /* Where a search starts: all at home; experts replicated where that spares more than the transfer,
@@ -232,6 +234,14 @@ static i64 room(const Search *s, i64 e, i64 h, i64 left, i64 cap) {
     return least(total, cap);
 }
 
+/* Whether rank g gets faster by q tokens of an expert less, which a rank of this kind takes. An
+ * estimate: tokens of g's own are then sent, and may take longer than to compute them. */
+static int relieves(const Search *s, i64 e, i64 g, int k, i64 q) {
+    i64 at = e * s->P + g, kept = s->own[at] - s->tokens[at];
+    i64 sent = most(kept + q, 0) - most(kept, 0), idle = most(s->in[k][g] - s->out[k][g], 0);
+    return s->costs.copy[k] * most(sent - idle, 0) < s->costs.row * q;
+}
+
 /* The ranks but g whose time is below `target`, the fastest first; how many. */
 static i64 find_under(Search *s, i64 g, i64 target) {
     i64 count = 0;
@@ -257,7 +267,8 @@ static int relieve_shared(Search *s, i64 g, i64 target) {
             i64 b = s->under[j];
             if (b != home && !s->takes[at + b]) continue;
             i64 q = room(s, e, b, target - s->time[b], least(want[kind(s, g, b)], has));
-            if (q > 0 && shift_if_better(s, e, g, b, q)) return 1;
+            if (q > 0 && relieves(s, e, g, kind(s, g, b), q) && shift_if_better(s, e, g, b, q))
+                return 1;
         }
     }
     return 0;
@@ -338,6 +349,86 @@ static int relieve_lending(Search *s, i64 g, i64 target, int overfill) {
     return 0;
 }
 
+/* By how much ranks are slower than `target`, together. */
+static i64 excess(const Search *s, i64 target) {
+    i64 sum = 0;
+    for (i64 r = 0; r < s->P; r++) sum += most(s->time[r] - target, 0);
+    return sum;
+}
+
+/* The expert at home on rank h of which most tokens, and enough, leave the node of rank r; or -1. */
+static i64 find_return(const Search *s, i64 h, i64 r, i64 *tokens) {
+    i64 found = -1;
+    *tokens = s->min_tokens - 1;
+    for (i64 e = h * s->M; e < (h + 1) * s->M; e++) {
+        i64 n = e * s->P + s->node[r], q = s->of_node[n] - s->on_node[n];
+        q = least(q, s->tokens[e * s->P + h]);
+        if (q > *tokens && !s->takes[e * s->P + r]) *tokens = q, found = e;
+    }
+    return found;
+}
+
+/* Let rank h take tokens of an expert from its home, and if need be let home borrow one of rank h's
+ * in return, which costs no more weights: if the ranks together are then slower than `target` by
+ * less than `above`. */
+static int borrow_if_better(Search *s, i64 e, i64 h, i64 q, i64 target, i64 above) {
+    i64 home = s->home[e], q_back;
+    shift(s, e, home, h, q);
+    if (excess(s, target) < above) return 1;
+    i64 back = num_foreign(s, home) < s->max_foreign ? find_return(s, h, home, &q_back) : -1;
+    if (back >= 0 && s->rows[home] + q_back <= s->max_rows) {
+        shift(s, back, h, home, q_back);
+        if (excess(s, target) < above) return 1;
+        shift(s, back, home, h, q_back);
+    }
+    shift(s, e, h, home, q);
+    return 0;
+}
+
+/* Relieve rank g of what it sends to other nodes: let its node borrow an expert that its tokens
+ * choose. The node's others get faster by that too, the one that borrows and home slower, so what
+ * counts is by how much all ranks together are slower than `target`. */
+static int relieve_sending(Search *s, i64 g, i64 target) {
+    if (s->nodes == 1 || s->out[BETWEEN][g] <= s->in[BETWEEN][g]) return 0;
+    int32_t node = s->node[g];
+    i64 spared = s->costs.copy[BETWEEN] - s->costs.copy[INSIDE];
+    Candidate best[EXPERTS]; /* `own`: what home gets slower */
+    int found = 0;
+    for (i64 e = 0; e < s->E; e++) {
+        i64 at = e * s->P, home = s->home[e], mine = s->own[at + g] - s->tokens[at + g];
+        if (mine <= 0 || s->node[home] == node) continue;
+        if (found == EXPERTS && -mine * spared >= best[EXPERTS - 1].left) continue;
+        i64 left = least(s->of_node[at + node] - s->on_node[at + node], s->tokens[at + home]);
+        if (left < s->min_tokens) continue;
+        i64 busy = most(s->in[BETWEEN][home] - s->out[BETWEEN][home], 0);
+        i64 relief = s->costs.row * left + s->costs.copy[BETWEEN] * least(busy, left);
+        i64 over = s->time[home] - target;
+        i64 later = most(over + lending(s, home, BETWEEN) - relief, 0) - most(over, 0);
+        Candidate new = {later - spared * least(mine, left), later, 0, e, -1, left};
+        if (found == EXPERTS && !before(&new, &best[EXPERTS - 1])) continue;
+        int j = found < EXPERTS ? found++ : EXPERTS - 1;
+        for (; j > 0 && before(&new, &best[j - 1]); j--) best[j] = best[j - 1];
+        best[j] = new;
+    }
+    /* By less than a tenth of a transfer, too many would be made. */
+    i64 above = excess(s, target) - (s->costs.expert + s->costs.weights[BETWEEN]) / 10;
+    for (int i = 0; i < found; i++) {
+        i64 e = best[i].expert, at = e * s->P, left = best[i].tokens, h = -1, lowest = NO_LIMIT;
+        for (int32_t j = s->first[node]; j < s->first[node + 1]; j++) {
+            i64 r = s->member[j], time = s->time[r];
+            if (s->rows[r] + left > s->max_rows) continue;
+            if (!s->takes[at + r]) {
+                if (num_foreign(s, r) >= s->max_foreign) continue;
+                time += s->costs.expert + borrowing(s, r, BETWEEN) + best[i].own;
+            }
+            time -= s->costs.copy[INSIDE] * most(s->own[at + r] - s->tokens[at + r], 0);
+            if (time < lowest) lowest = time, h = r;
+        }
+        if (h >= 0 && borrow_if_better(s, e, h, left, target, above)) return 1;
+    }
+    return 0;
+}
+
 static i64 slowest(const Search *s) {
     i64 g = 0;
     for (i64 r = 1; r < s->P; r++)
@@ -381,9 +472,9 @@ static void put(Search *s, i64 e, i64 r, i64 q) {
 
 /* Go to a plan that was written down. */
 static void restore(Search *s, const Saved *saved) {
+    s->shifts -= saved->count / 8; /* a shift takes as long as to restore so many transfers */
     for (i64 i = 0; i < s->num_shared; i++) {
         i64 e = s->shared[i], at = e * s->P;
-        s->shifts -= s->helpers[e];
         for (i64 h = 0; s->helpers[e]; h++) {
             if (!s->takes[at + h]) continue;
             i64 q = s->tokens[at + h];
@@ -399,7 +490,6 @@ static void restore(Search *s, const Saved *saved) {
         s->takes[e * s->P + spill->helper] = 1;
         if (!s->helpers[e]++) s->shared[s->num_shared++] = e;
     }
-    s->shifts -= saved->count;
     memcpy(s->ranks, saved->ranks, RANKS * s->P * sizeof(i64));
 }
 
@@ -457,13 +547,15 @@ static void replicate(Search *s, i64 target) {
     }
 }
 
-/* Relieve the slowest rank until nothing does. */
-static void search(Search *s, i64 target, i64 best, int overfill) {
+/* Relieve the slowest rank until nothing does. overfill: helpers may be filled beyond the target.
+ * sending: nodes may borrow what they send. */
+static void search(Search *s, i64 target, i64 best, int overfill, int sending) {
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
         if (relieve_shared(s, g, target)) continue;
         if (relieve_lending(s, g, target, overfill)) continue;
+        if (sending && relieve_sending(s, g, target)) continue;
         if (over <= target / 200) break;
         target += over / 3;
         if (target >= best) break;
@@ -602,35 +694,35 @@ static i64 improve(Search *s, const Saved *at_home, Saved *found, i64 best, i64 
         i64 target = i ? best - (best - bound) * shares[i] / 100 : mean;
         for (int from = 0; from < STARTS && s->shifts > 0; from++) {
             if (from == REPLICATED && i > 0) continue; /* the same start again */
-            if (from == BEST && !found->count) continue;
-            int last = s->nodes > 1 ? 3 : 1; /* later ones seldom gain by it */
+            if (from == BEST && !found->count && s->nodes == 1) continue;
+            int last = s->nodes > 1 ? 2 : 1; /* later ones seldom gain by it */
             if (from == WITHIN_TARGET && (i > last || !worth_replicating)) continue;
-            restore(s, from == BEST ? found : at_home);
+            restore(s, from == BEST && found->count ? found : at_home);
             if (from == REPLICATED) replicate(s, NO_LIMIT), worth_replicating = s->num_shared > 0;
             if (from == WITHIN_TARGET) replicate(s, target);
             if ((from == REPLICATED || from == WITHIN_TARGET) && !s->num_shared) continue;
             /* Either with helpers filled beyond the target or without finds more at times. */
             int overfill = from == HOME && i % 2 == 0;
-            search(s, target, best, overfill);
+            search(s, target, best, overfill, from == BEST && i > 0);
             if (keep(s, found, &best)) in_vain = -1;
         }
     }
     return best;
 }
 
-/* Search from the best plan without one of the transfers of its slowest rank, each in turn. Returns
- * the best time. */
+/* Search from the best plan without one of its transfers, each in turn; on one node, where others
+ * seldom gain, only those of the slowest rank. Returns the best time. */
 static i64 reconsider(Search *s, Saved *found, i64 best, i64 bound) {
     restore(s, found);
     i64 g = slowest(s);
     for (i64 i = 0; i < found->count && s->shifts > 0; i++) {
         Spill spill = found->spills[i];
         i64 home = s->home[spill.expert];
-        if (g != home && g != spill.helper) continue;
+        if (s->nodes == 1 && g != home && g != spill.helper) continue;
         restore(s, found);
         shift(s, spill.expert, spill.helper, home, spill.tokens);
         if (too_many(s, home)) continue;
-        search(s, best - (best - bound) / 20, best, 1);
+        search(s, best - (best - bound) / 20, best, 1, 1);
         if (keep(s, found, &best)) g = slowest(s), i = -1;
     }
     return best;

@@ -48,9 +48,13 @@ def library() -> ctypes.CDLL:
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "planner_cost.so")
-        command = [compiler, "-O3", "-std=c11", "-shared", "-fPIC", "-o", path, *_SOURCES]
+        flags = "-O3", "-std=c11", "-ffp-contract=off", "-shared", "-fPIC"
+        command = [compiler, *flags, "-o", path, *_SOURCES]
+        run = functools.partial(subprocess.run, capture_output=True, text=True)
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            # A tenth faster for this very processor, where the compiler knows it.
+            if run([*command, "-march=native"]).returncode:
+                run(command, check=True)
             loaded = ctypes.CDLL(str(path))
         except subprocess.CalledProcessError as error:
             raise ValueError(

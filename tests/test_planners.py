@@ -266,18 +266,33 @@ def gaps_to_the_optimum(seed):
     return gaps, lines
 
 
-@pytest.mark.parametrize("workload", ["95:1", "zipf:1"])
-def test_near_the_best_plan_with_few_experts_on_two_nodes(workload):
-    """One transfer carries a node's tokens, and pays for one that goes the other way."""
+def few_experts(workload, seed=0, fewest=0) -> Case:
+    """Eight experts on four ranks of two nodes."""
     shape = PRESETS["qwen3-30b-a3b"]
-    case = Case(
-        parse(workload).counts_PE(4, Draw(8, 2, 2048, 0, 0, 0, 0)),
-        config_of(capacity_factor=None),
+    return Case(
+        parse(workload).counts_PE(4, Draw(8, 2, 2048, 0, 0, 0, seed)),
+        config_of(capacity_factor=None, min_tokens_per_gemm=fewest),
         H200.costs(shape.hidden_size, shape.ffn_size, 2, 4, 2, 2),
         np.arange(4) // 2,
     )
+
+
+@pytest.mark.parametrize("workload", ["95:1", "zipf:1", "ragged"])
+def test_near_the_best_plan_with_few_experts_on_two_nodes(workload):
+    """One transfer carries a node's tokens, and pays for one that goes the other way.
+
+    With `ragged` one rank of each node is slow by what it sends, and the others exchange experts.
+    """
+    case = few_experts(workload)
     bound, _ = optimum(case.counts_PE, case.costs, case.nodes_P, tolerance=0.01)
     assert -1e-6 < case.time(case.plan().tokens_EP) / bound - 1 <= 0.05
+
+
+@pytest.mark.parametrize("workload, fewest", [("ragged", 660), ("zipf:1", 1300)])
+def test_what_is_borrowed_in_return_is_not_too_little(workload, fewest):
+    cases = [few_experts(workload, seed, fewest) for seed in range(5)]
+    assert all(case.allows(case.plan()) for case in cases)
+    assert any(case.plan().spills for case in cases)
 
 
 def test_all_replicate_where_none_alone_would_gain():
@@ -333,3 +348,14 @@ def test_without_a_working_compiler(script, message, tmp_path, monkeypatch):
     planner_cost.library.cache_clear()
     with pytest.raises(ValueError, match=f'{message}.*set "llep.planner" to "lla"'):
         make_plan(HOT, config_of(planner="cost"))
+
+
+def test_a_compiler_that_does_not_know_the_processor(tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *native*) exit 1;; esac\nexec {shutil.which("cc")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(planner_cost.shutil, "which", lambda name: str(compiler))
+    planner_cost.library.cache_clear()
+    assert make_plan(HOT, config_of(planner="cost"), FREE_SPILLS).spills
