@@ -10,9 +10,8 @@ borrowed. It keeps their rows alone and computes them once more in backward, sin
 be gone by then. The price is one more forward pass over the rows that spill, and that an expert
 must do the same twice: dropout is refused.
 
-Foreign experts' gradients return in a function of their own, which autograd runs when the home
-experts' backward is done: a home rank has work of its own while its helpers compute them. They are
-kept until then.
+Their gradients return in a function of its own, which autograd runs when the home experts' backward
+is done: a home rank has work of its own while its helpers compute them.
 """
 
 from __future__ import annotations
@@ -175,15 +174,14 @@ class ForeignJob:
     kernels: KernelSet | None
     """As for :func:`compute_all`."""
     gradients: list[list[torch.Tensor]] = field(default_factory=list)
-    """Of each foreign expert's trained parameters, on their way from backward to the return."""
+    """Of each foreign expert's trained parameters, until they return."""
 
 
 def expect_gradients(rows_ND: torch.Tensor, job: ForeignJob) -> torch.Tensor:
-    """The promise that :func:`compute_foreign` takes; to be made before the home experts compute.
+    """The promise that :func:`compute_foreign` takes, to be made before the home experts compute.
 
-    Autograd runs first what was made last, so that its backward comes after theirs. There every
-    rank of the EP group sends foreign gradients to their home ranks, which get them as gradients of
-    their own parameters: autograd adds them to those of the home rows before anybody sees the sum.
+    Autograd runs first what was made last. So in backward, when they are done, every rank sends
+    foreign gradients home, where autograd adds them to those of the same parameters' home rows.
     """
     home = [param for expert in job.foreign.experts for param in trained(expert).values()]
     return _Homecoming.apply(rows_ND.detach(), job, *home)
@@ -204,10 +202,7 @@ class _Homecoming(torch.autograd.Function):
 def compute_foreign(
     rows_ND: torch.Tensor, promise: torch.Tensor, job: ForeignJob, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The foreign experts' output for their rows, ``[N, D]`` in ``dtype``, differentiable.
-
-    Every rank of the EP group calls this, with what :func:`expect_gradients` returned.
-    """
+    """The foreign experts' output for their rows, ``[N, D]`` in ``dtype``; all ranks call this."""
     return _ForeignExperts.apply(rows_ND, promise, job, dtype)
 
 

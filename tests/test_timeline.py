@@ -11,12 +11,12 @@ import torch
 from ds_llep import timeline
 from ds_llep.timeline import Timeline, part
 
-FORWARD = ["router", "counts", "route", "wait for counts", "plan"]
+FORWARD = ["router", "counts", "route", "wait for counts", "plan", "fetch"]
 FORWARD += ["dispatch", "dispatch/rows", "dispatch/all-to-all"]
-FORWARD += ["fetch", "home experts", "wait for foreign", "foreign experts"]
+FORWARD += ["home experts", "wait for foreign", "foreign experts"]
 FORWARD += ["combine", "combine/rows", "combine/all-to-all"]
-BACKWARD = ["combine backward", "combine backward/rows", "combine backward/all-to-all"]
-BACKWARD += ["fetch backward"]
+BACKWARD = ["fetch backward"]
+BACKWARD += ["combine backward", "combine backward/rows", "combine backward/all-to-all"]
 BACKWARD += ["home experts backward", "wait for foreign backward", "foreign experts backward"]
 BACKWARD += ["dispatch backward", "dispatch backward/rows"]
 BACKWARD += ["gradient return", "dispatch backward/all-to-all"]
