@@ -12,7 +12,7 @@ setup(
     # kernels/ is installed as ds_llep.kernels through the symlink ds_llep/kernels, and has no
     # __init__.py: a top-level package of that name would hide the one that transformers imports.
     packages=find_namespace_packages(include=["ds_llep*"]),
-    package_data={"ds_llep.bench": ["*.npz"], "ds_llep.kernels": ["*.c"]},
+    package_data={"ds_llep.bench": ["*.npz"], "ds_llep.kernels": ["*.c", "*.h"]},
     entry_points={"console_scripts": ["ds-llep = ds_llep.cli:main"]},
     install_requires=[
         "deepspeed==0.19.8",

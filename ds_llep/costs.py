@@ -61,6 +61,7 @@ def rank_costs(
     costs: Costs,
     nodes_P: np.ndarray | None,
     local: bool = True,
+    near_EP: np.ndarray | None = None,
 ) -> np.ndarray:
     """What a plan costs each rank.
 
@@ -70,6 +71,7 @@ def rank_costs(
         costs: the prices.
         nodes_P: the node of each rank; None: one node, and the paper's cut.
         local: whether tokens are cut locally, where nodes are given, or as in the paper.
+        near_EP: of a local cut (cut.py).
 
     Returns:
         int64 [P], picoseconds.
@@ -77,7 +79,8 @@ def rank_costs(
     P, E = counts_PE.shape
     M = E // P
     home_E = np.arange(E) // M
-    spilled, (expert_J, rank_J, _), sent_JP = cut(counts_PE, tokens_EP, nodes_P if local else None)
+    assignment = counts_PE, tokens_EP, nodes_P if local else None, near_EP
+    spilled, (expert_J, rank_J, _), sent_JP = cut(*assignment)
     home_J = home_E[expert_J]
 
     # Copies by source and computing rank.

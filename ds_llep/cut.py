@@ -5,8 +5,9 @@ A segment is what one rank computes of one expert. Two rules cut an expert's tok
 - by source, the paper's: the tokens, concatenated over source ranks in rank order, are cut into
   runs, one for each computing rank in rank order;
 - local: a rank first computes tokens that are its own, then tokens of its node, and what is left
-  is cut by source. No other cut leaves fewer tokens between nodes, or fewer between ranks. It is
-  planner "cost"'s, and in C as that is.
+  is cut by source. No other cut leaves fewer tokens between nodes, or fewer between ranks. Where a
+  node's ranks send more of an expert's tokens than others of them want, or want more, the plan says
+  whose stay. It is planner "cost"'s, and in C as that is.
 
 Either way the tokens that a source sends to a segment are consecutive among its tokens of the
 expert, segments in rank order.
@@ -41,16 +42,24 @@ class Cut(NamedTuple):
     """int64 [J, P]: how many tokens of each segment are source rank p's."""
 
 
-def cut(counts_PE: np.ndarray, tokens_EP: np.ndarray, nodes_P: np.ndarray | None) -> Cut:
+def cut(
+    counts_PE: np.ndarray,
+    tokens_EP: np.ndarray,
+    nodes_P: np.ndarray | None,
+    near_EP: np.ndarray | None = None,
+) -> Cut:
     """Cut the spilled experts' tokens.
 
     Args:
         counts_PE: int64, each rank's own tokens per expert.
         tokens_EP: int64, tokens of each expert that each rank computes.
         nodes_P: the node of each rank, for the local rule; None: by source.
+        near_EP: int64, for the local rule: of the tokens of a spilled expert that a rank sends
+            away, or gets from others, those that stay in its node; None: as many as can of the
+            first ranks.
     """
     if nodes_P is not None:
-        spilled, *segments, sent_JP = planner_cost.cut(counts_PE, tokens_EP, nodes_P)
+        spilled, *segments, sent_JP = planner_cost.cut(counts_PE, tokens_EP, nodes_P, near_EP)
         return Cut(spilled, Segments(*segments), sent_JP)
     E, P = tokens_EP.shape
     at_home_E = tokens_EP.reshape(-1)[home_places(E, P)]

@@ -48,9 +48,11 @@ class Plan:
     """Tokens above capacity, at home only because `max_foreign_experts` left no rank to help."""
     nodes_P: np.ndarray | None = None
     """int64 [P]: the node of each rank, and tokens are cut locally; None: by source (cut.py)."""
+    near_EP: np.ndarray | None = None
+    """int64 [E, P]: for the local cut, what each rank sends or gets that stays in its node."""
 
     def __post_init__(self):
-        for name in ("counts_PE", "tokens_EP", "nodes_P"):
+        for name in ("counts_PE", "tokens_EP", "nodes_P", "near_EP"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _read_only(np.array(values, dtype=np.int64)))
 
@@ -70,7 +72,7 @@ class Plan:
         """Which tokens of the spilled experts each rank computes."""
         if self.bypassed:
             return nothing_spills(self.num_ranks)
-        return cut(self.counts_PE, self.tokens_EP, self.nodes_P)
+        return cut(self.counts_PE, self.tokens_EP, self.nodes_P, self.near_EP)
 
     @property
     def spilled_experts(self) -> np.ndarray:
@@ -198,8 +200,8 @@ def make_plan(counts_PE, config, costs: Costs | None = None, nodes_P=None) -> Pl
     P, E = counts_PE.shape
     nodes_P = np.zeros(P, dtype=np.int64) if nodes_P is None else _checked_nodes(nodes_P, P)
     if config.planner == "cost":
-        tokens_EP, spills = plan_cost(counts_PE, config, costs or DEFAULT, nodes_P)
-        return Plan(counts_PE, tokens_EP, not spills, nodes_P=nodes_P)
+        tokens_EP, near_EP, spills = plan_cost(counts_PE, config, costs or DEFAULT, nodes_P)
+        return Plan(counts_PE, tokens_EP, not spills, nodes_P=nodes_P, near_EP=near_EP)
 
     load_E = counts_PE.sum(0)
     home_load = load_E.reshape(P, -1).sum(1).tolist()

@@ -94,7 +94,7 @@ def plan_lla(load_E: np.ndarray, home_load_P: list[int], config):
 
 def plan_cost(
     counts_PE: np.ndarray, config, costs: Costs, nodes_P: np.ndarray
-) -> tuple[np.ndarray, bool]:
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """The plan whose slowest rank is the fastest, as far as a local search finds it.
 
     Its cost by `rank_costs` is not above that of standard expert parallelism, nor above that of
@@ -109,9 +109,10 @@ def plan_cost(
         nodes_P: int64 [P], the node of each rank.
 
     Returns:
-        int64 [E, P], tokens of each expert that each rank computes, and whether any spill.
+        int64 [E, P], tokens of each expert that each rank computes; int64 [E, P], what of them
+        stays in nodes (`near_EP` of cut.py); and whether any spill.
     """
-    tokens_EP, spills, _ = planner_cost.plan_cost(
+    tokens_EP, near_EP, spills, _ = planner_cost.plan_cost(
         counts_PE,
         nodes_P,
         costs.prices,
@@ -120,7 +121,7 @@ def plan_cost(
         config.capacity_factor,
         config.imbalance_threshold,
     )
-    return tokens_EP, spills > 0
+    return tokens_EP, near_EP, spills > 0
 
 
 PLANNERS = ("lla", "cost")

@@ -1,185 +1,70 @@
 /* The plan by cost: a local search for the assignment whose slowest rank is the fastest.
  *
  * A rank's time is a sum of prices (ds_llep/costs.py), kept exactly for every rank while tokens are
- * shifted from one rank to another. The search keeps relieving the slowest rank: first along
- * experts that are shared already, which costs no transfer, then by lending another of its
- * experts, then by letting its node borrow experts that its tokens choose on other nodes. A shift
+ * shifted from one rank to another (planner_state.h). The search keeps relieving the slowest rank:
+ * first by letting another rank's tokens leave their node in place of its own, then along experts
+ * that are shared already, neither of which costs a transfer, then by lending another of its
+ * experts, then by letting nodes borrow experts that their tokens choose on other nodes. A shift
  * aims at a target time, on both ends, so that most ranks are settled by one. Where nobody can
  * relieve the slowest rank within the target, the target is raised, a third of the way. What is
  * found depends on the first target, so several are tried, each nearer to the best time found so
- * far. At last, each transfer of the best plan's slowest rank is tried without.
+ * far. At last, each transfer of the best plan's slowest rank is tried without, and starts from home
+ * where nodes borrow first.
  *
  * Integers, and two IEEE doubles as in Python: every rank finds the same plan. No recursion, memory
- * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone back
- * to brings the times of its ranks along.
- *
- * E experts, P ranks, M = E / P experts at home on a rank.
+ * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone
+ * back to brings the times of its ranks along.
  */
 
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-typedef int64_t i64;
+#include "planner_state.h"
 
-enum { INSIDE, BETWEEN, KINDS };
 /* Helpers of each kind to choose from, shifts to try, experts to borrow to choose from. */
-enum { CANDIDATES = 2, TRIES = 3, EXPERTS = 4 };
+enum { CANDIDATES = 2, TRIES = 3, EXPERTS = 2 };
 enum { NO_MEMORY = -1, TOO_MANY = -2 };
-enum { SHIFTS = 2000 };             /* of a whole search: half a millisecond */
-enum { RANKS = 2 + 4 * KINDS };     /* numbers that are kept for each rank */
+enum { SHIFTS = 2000, SHIFTS_OF_NODES = 1400 }; /* of a whole search: about half a millisecond */
 
 /* Where a search starts: all at home; experts replicated where that spares more than the transfer,
  * or so and within the target; the best plan so far. */
 enum { HOME, REPLICATED, WITHIN_TARGET, BEST, STARTS };
 
+enum loans { NONE, LAST, FIRST };
+
 static const i64 NO_LIMIT = (i64)1 << 60;
-
-typedef struct {
-    i64 row, expert, copy[KINDS], weights[KINDS];
-} Costs;
-
-typedef struct {
-    i64 expert, helper, tokens;
-} Spill;
-
-typedef struct {
-    i64 P, E, M, nodes, min_tokens, max_foreign, max_rows, shifts;
-    int32_t *node;   /* [P] from 0 on, without gaps */
-    int32_t *member; /* [P] the ranks by node */
-    int32_t *first;  /* [P + 2] of each node among these; the last is for counting */
-    int32_t *home;   /* [E] */
-    Costs costs;
-    i64 *own;     /* [E, P] tokens of each expert on each source rank */
-    i64 *of_node; /* [E, P] the same by node, where there are several */
-    i64 *load;    /* [E] */
-    i64 *by_load;  /* [E] the experts, the largest first */
-    i64 *most_own; /* [E] the most tokens on one rank */
-    /* What changes: tokens of each expert that each rank and node computes, and the ranks' times. */
-    i64 *tokens, *on_node; /* [E, P]; by node where there are several */
-    uint8_t *takes;        /* [E, P] a helper has been opened */
-    int32_t *helpers;      /* [E] how many */
-    int32_t *shared;       /* the experts that have helpers */
-    i64 num_shared;
-    int32_t *under; /* the ranks below a target */
-    int32_t *computed; /* the experts of a rank */
-    i64 *ranks;     /* all of the following, RANKS * P */
-    i64 *rows, *time, *in[KINDS], *out[KINDS], *lent[KINDS], *borrowed[KINDS]; /* [P] each */
-} Search;
-
-/* A plan that was written down. */
-typedef struct {
-    Spill *spills;
-    i64 count;
-    i64 *ranks;
-} Saved;
-
-static i64 least(i64 a, i64 b) { return a < b ? a : b; }
-static i64 most(i64 a, i64 b) { return a > b ? a : b; }
-
-static i64 num_foreign(const Search *s, i64 r) {
-    return s->borrowed[INSIDE][r] + s->borrowed[BETWEEN][r];
-}
-
-static int kind(const Search *s, i64 a, i64 b) { return s->node[a] != s->node[b]; }
-
-static void retime(Search *s, i64 r) {
-    i64 time = s->costs.row * s->rows[r];
-    for (int k = 0; k < KINDS; k++) {
-        time += s->costs.expert * s->borrowed[k][r];
-        time += s->costs.copy[k] * most(s->in[k][r], s->out[k][r]);
-        time += s->costs.weights[k] * most(s->lent[k][r], s->borrowed[k][r]);
-    }
-    s->time[r] = time;
-}
-
-/* Let rank r compute q more tokens of an expert, where all ranks are on one node. */
-static void book_rank(Search *s, i64 e, i64 r, i64 q) {
-    i64 at = e * s->P + r, kept = s->own[at] - s->tokens[at];
-    s->out[INSIDE][r] += most(kept - q, 0) - most(kept, 0);
-    s->in[INSIDE][r] += most(q - kept, 0) - most(-kept, 0);
-    s->rows[r] += q;
-    s->tokens[at] += q;
-    retime(s, r);
-}
-
-/* Let ranks `more` and `less` of a node compute q tokens of an expert more and less (-1: no rank),
- * under the local cut of ds_llep/cut.py: a rank computes its own tokens first, then its node's. */
-static void book(Search *s, i64 e, int32_t node, i64 more, i64 less, i64 q) {
-    i64 at = e * s->P, wanted = 0, left = 0, new_wanted, new_left;
-    const i64 *own = s->own + at;
-    i64 *tokens = s->tokens + at;
-    const int32_t *begin = s->member + s->first[node], *end = s->member + s->first[node + 1];
-    for (const int32_t *r = begin; r < end; r++) {
-        wanted += most(tokens[*r] - own[*r], 0);
-        left += most(own[*r] - tokens[*r], 0);
-    }
-    new_wanted = wanted, new_left = left;
-    for (int i = 0; i < 2; i++) {
-        i64 r = i ? less : more, change = i ? -q : q;
-        if (r < 0) continue;
-        i64 kept = own[r] - tokens[r];
-        new_wanted += most(change - kept, 0) - most(-kept, 0);
-        new_left += most(kept - change, 0) - most(kept, 0);
-        s->on_node[at + node] += change;
-    }
-    for (const int32_t *p = begin; p < end; p++) {
-        i64 r = *p, change = r == more ? q : r == less ? -q : 0, kept = own[r] - tokens[r];
-        i64 sent = most(kept, 0), received = most(-kept, 0);
-        i64 new_sent = most(kept - change, 0), new_received = most(change - kept, 0);
-        i64 near = least(sent, wanted), new_near = least(new_sent, new_wanted);
-        wanted -= near, new_wanted -= new_near;
-        i64 out = new_near - near, out_between = new_sent - sent - out;
-        near = least(received, left), new_near = least(new_received, new_left);
-        left -= near, new_left -= new_near;
-        i64 in = new_near - near, in_between = new_received - received - in;
-        if (!(change | out | out_between | in | in_between)) continue;
-        s->out[INSIDE][r] += out, s->out[BETWEEN][r] += out_between;
-        s->in[INSIDE][r] += in, s->in[BETWEEN][r] += in_between;
-        s->rows[r] += change;
-        tokens[r] += change;
-        retime(s, r);
-    }
-}
-
-/* Let rank `b` compute q tokens of an expert that rank `a` did. */
-static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
-    s->shifts--;
-    i64 home = s->home[e], at = e * s->P;
-    if (s->nodes == 1) {
-        book_rank(s, e, a, -q);
-        book_rank(s, e, b, q);
-    } else if (s->node[a] == s->node[b]) {
-        book(s, e, s->node[a], b, a, q);
-    } else {
-        book(s, e, s->node[a], -1, a, q);
-        book(s, e, s->node[b], b, -1, q);
-    }
-    if (b != home && !s->takes[at + b]) {
-        int k = kind(s, home, b);
-        s->takes[at + b] = 1, s->lent[k][home]++, s->borrowed[k][b]++;
-        if (!s->helpers[e]++) s->shared[s->num_shared++] = e;
-        retime(s, home), retime(s, b);
-    }
-    if (a != home && !s->tokens[at + a]) {
-        int k = kind(s, home, a);
-        s->takes[at + a] = 0, s->lent[k][home]--, s->borrowed[k][a]--;
-        if (!--s->helpers[e]) {
-            i64 i = 0;
-            while (s->shared[i] != e) i++;
-            s->shared[i] = s->shared[--s->num_shared];
-        }
-        retime(s, home), retime(s, a);
-    }
-}
 
 /* Shift if that leaves both ranks under the time that the first one had. */
 static int shift_if_better(Search *s, i64 e, i64 a, i64 b, i64 q) {
-    i64 before = s->time[a];
+    i64 before = s->time[a], *near = s->remembered;
+    remember(s, e, near);
     shift(s, e, a, b, q);
     if (s->time[a] < before && s->time[b] < before && s->time[s->home[e]] < before) return 1;
-    shift(s, e, b, a, q);
+    unshift(s, e, a, b, q, near);
+    return 0;
+}
+
+/* Relieve rank g of what it sends to other nodes, or gets from them, whichever is more: of an
+ * expert that is shared, another rank of its node does so instead. */
+static int relieve_carrying(Search *s, i64 g, i64 target) {
+    i64 spared = s->costs.copy[BETWEEN] - s->costs.copy[INSIDE], before = s->time[g];
+    i64 ahead = s->in[BETWEEN][g] - s->out[BETWEEN][g], sign = ahead > 0 ? -1 : 1;
+    if (s->nodes == 1 || spared <= 0 || !ahead) return 0;
+    i64 want = (before - target + spared - 1) / spared, end = s->first[s->node[g] + 1];
+    for (i64 i = 0; i < s->num_shared; i++) {
+        i64 e = s->shared[i], at = e * s->P, moved = sign * (s->own[at + g] - s->tokens[at + g]);
+        if (moved <= s->near[at + g]) continue;
+        for (i64 r = s->first[s->node[g]]; r < end; r++) {
+            if (r == g || sign * (s->own[at + r] - s->tokens[at + r]) <= 0) continue;
+            i64 idle = most(sign * (s->in[BETWEEN][r] - s->out[BETWEEN][r]), 0);
+            i64 q = least(least(moved - s->near[at + g], want), s->near[at + r]);
+            q = least(q, idle + most(target - s->time[r], 0) / spared);
+            if (q <= 0) continue;
+            s->shifts--;
+            keep_near(s, e, g, q), keep_near(s, e, r, -q);
+            if (s->time[g] < before && s->time[r] < before) return 1;
+            keep_near(s, e, g, -q), keep_near(s, e, r, q);
+        }
+    }
     return 0;
 }
 
@@ -234,12 +119,14 @@ static i64 room(const Search *s, i64 e, i64 h, i64 left, i64 cap) {
     return least(total, cap);
 }
 
-/* Whether rank g gets faster by q tokens of an expert less, which a rank of this kind takes. An
- * estimate: tokens of g's own are then sent, and may take longer than to compute them. */
-static int relieves(const Search *s, i64 e, i64 g, int k, i64 q) {
-    i64 at = e * s->P + g, kept = s->own[at] - s->tokens[at];
+/* Whether rank g gets faster by q tokens of an expert less, which a rank of this kind takes, though
+ * that costs it `extra`. An estimate: tokens of g's own are then sent, and may take longer than to
+ * compute them. */
+static int relieves(const Search *s, i64 e, i64 g, int k, i64 q, i64 extra) {
+    i64 at = e * s->P + g, kept = s->own[at] - s->tokens[at], copy = s->costs.copy[k];
     i64 sent = most(kept + q, 0) - most(kept, 0), idle = most(s->in[k][g] - s->out[k][g], 0);
-    return s->costs.copy[k] * most(sent - idle, 0) < s->costs.row * q;
+    i64 received = least(q, most(-kept, 0));
+    return copy * most(sent - idle, 0) + extra < s->costs.row * q + copy * least(received, idle);
 }
 
 /* The ranks but g whose time is below `target`, the fastest first; how many. */
@@ -267,7 +154,7 @@ static int relieve_shared(Search *s, i64 g, i64 target) {
             i64 b = s->under[j];
             if (b != home && !s->takes[at + b]) continue;
             i64 q = room(s, e, b, target - s->time[b], least(want[kind(s, g, b)], has));
-            if (q > 0 && relieves(s, e, g, kind(s, g, b), q) && shift_if_better(s, e, g, b, q))
+            if (q > 0 && relieves(s, e, g, kind(s, g, b), q, 0) && shift_if_better(s, e, g, b, q))
                 return 1;
         }
     }
@@ -289,7 +176,7 @@ static int before(const Candidate *a, const Candidate *b) {
  * one that has taken a node's tokens shares them there. */
 static i64 find_experts(Search *s, i64 g) {
     i64 count = 0;
-    for (i64 e = g * s->M; e < (g + 1) * s->M; e++) s->computed[count++] = e;
+    for (i64 e = s->rank[g] * s->M, end = e + s->M; e < end; e++) s->computed[count++] = e;
     if (s->nodes > 1 && num_foreign(s, g))
         for (i64 i = 0; i < s->num_shared; i++)
             if (s->takes[s->shared[i] * s->P + g]) s->computed[count++] = s->shared[i];
@@ -321,8 +208,10 @@ static int relieve_lending(Search *s, i64 g, i64 target, int overfill) {
             if (left_most < 0 && s->costs.row > s->costs.copy[k]) continue;
             for (i64 i = 0; i < count; i++) {
                 i64 e = s->computed[i], home = s->home[e], at = e * s->P;
+                int of_home = kind(s, home, h);
                 if (home == h) continue;
-                i64 left = lefts[kind(s, home, h)], heavy = s->time[g] + (g == home ? weights : 0);
+                if (home != g && s->time[home] + lending(s, home, of_home) >= s->time[g]) continue;
+                i64 left = lefts[of_home], heavy = s->time[g] + (g == home ? weights : 0);
                 i64 has = s->tokens[at + g] - (g == home ? 0 : s->min_tokens);
                 i64 cap = least(wants[g != home], has);
                 i64 rest = most(heavy - cap * relief, target);
@@ -333,6 +222,7 @@ static int relieve_lending(Search *s, i64 g, i64 target, int overfill) {
                 if (s->takes[at + h] || cap < s->min_tokens) continue;
                 i64 q = room(s, e, h, left, cap);
                 if (q < s->min_tokens) continue;
+                if (!relieves(s, e, g, k, q, home == g ? weights : 0)) continue;
                 if (q < cap) {
                     new.left = most(heavy - q * relief, target);
                     new.own = least(new.own, q), new.tokens = q;
@@ -360,7 +250,7 @@ static i64 excess(const Search *s, i64 target) {
 static i64 find_return(const Search *s, i64 h, i64 r, i64 *tokens) {
     i64 found = -1;
     *tokens = s->min_tokens - 1;
-    for (i64 e = h * s->M; e < (h + 1) * s->M; e++) {
+    for (i64 e = s->rank[h] * s->M, end = e + s->M; e < end; e++) {
         i64 n = e * s->P + s->node[r], q = s->of_node[n] - s->on_node[n];
         q = least(q, s->tokens[e * s->P + h]);
         if (q > *tokens && !s->takes[e * s->P + r]) *tokens = q, found = e;
@@ -368,72 +258,110 @@ static i64 find_return(const Search *s, i64 h, i64 r, i64 *tokens) {
     return found;
 }
 
-/* Let rank h take tokens of an expert from its home, and if need be let home borrow one of rank h's
- * in return, which costs no more weights: if the ranks together are then slower than `target` by
- * less than `above`. */
-static int borrow_if_better(Search *s, i64 e, i64 h, i64 q, i64 target, i64 above) {
-    i64 home = s->home[e], q_back;
-    shift(s, e, home, h, q);
+/* Let rank h take tokens of an expert from another node's rank, and if need be let the expert's
+ * home borrow one of rank h's in return, which costs no more weights: if the ranks together are
+ * then slower than `target` by less than `above`. */
+static int borrow_if_better(Search *s, i64 e, i64 from, i64 h, i64 q, i64 target, i64 above) {
+    i64 home = s->home[e], q_back, *near = s->remembered, *near_back = near + s->P;
+    remember(s, e, near);
+    shift(s, e, from, h, q);
     if (excess(s, target) < above) return 1;
-    i64 back = num_foreign(s, home) < s->max_foreign ? find_return(s, h, home, &q_back) : -1;
+    int may_borrow = s->node[home] != s->node[h] && num_foreign(s, home) < s->max_foreign;
+    i64 back = may_borrow ? find_return(s, h, home, &q_back) : -1;
     if (back >= 0 && s->rows[home] + q_back <= s->max_rows) {
+        remember(s, back, near_back);
         shift(s, back, h, home, q_back);
         if (excess(s, target) < above) return 1;
-        shift(s, back, home, h, q_back);
+        unshift(s, back, h, home, q_back, near_back);
     }
-    shift(s, e, h, home, q);
+    unshift(s, e, from, h, q, near);
     return 0;
 }
 
-/* Relieve rank g of what it sends to other nodes: let its node borrow an expert that its tokens
- * choose. The node's others get faster by that too, the one that borrows and home slower, so what
- * counts is by how much all ranks together are slower than `target`. */
-static int relieve_sending(Search *s, i64 g, i64 target) {
-    if (s->nodes == 1 || s->out[BETWEEN][g] <= s->in[BETWEEN][g]) return 0;
-    int32_t node = s->node[g];
+/* The rank of another node that computes an expert's tokens of this node: its home, or, where that
+ * is on the node itself, the helper that computes the most; or -1. */
+static i64 find_source(const Search *s, i64 e, int32_t node) {
+    i64 at = e * s->P, found = -1;
+    if (s->node[s->home[e]] != node) return s->home[e];
+    for (i64 r = 0; r < s->P; r++)
+        if (s->node[r] != node && s->tokens[at + r] > (found < 0 ? 0 : s->tokens[at + found]))
+            found = r;
+    return found;
+}
+
+typedef struct {
+    i64 expert, from, node, tokens;
+    i64 later, change; /* by how much `from` and all ranks together are then slower than a target */
+} Loan;
+
+/* The tokens of an expert that a node sends to rank `from` of another node, to be computed there
+ * instead: none if they are too few. */
+static Loan find_loan(const Search *s, i64 e, i64 from, i64 node, i64 target) {
+    i64 at = e * s->P, home = s->home[e], q = s->of_node[at + node] - s->on_node[at + node];
+    if (q <= 0) return (Loan){0};
+    i64 stays = s->tokens[at + from] - q; /* a helper keeps no fewer than it may help with */
+    if (from != home && stays > 0) q -= most(s->min_tokens - stays, 0);
+    q = least(q, s->tokens[at + from]);
+    if (q < s->min_tokens) return (Loan){0};
+    i64 busy = most(s->in[BETWEEN][from] - s->out[BETWEEN][from], 0);
+    i64 relief = s->costs.row * q + s->costs.copy[BETWEEN] * least(busy, q);
+    i64 over = s->time[from] - target, lent = from == home ? lending(s, home, BETWEEN) : 0;
+    i64 later = most(over + lent - relief, 0) - most(over, 0);
+    return (Loan){e, from, node, q, later, later};
+}
+
+/* Keep the best loans, the best one first. Returns how many there are. */
+static int keep_loan(Loan *best, int found, Loan loan) {
+    int j = found;
+    while (j > 0 && loan.change < best[j - 1].change) j--;
+    if (j == EXPERTS) return found;
+    if (found < EXPERTS) found++;
+    for (int i = found - 1; i > j; i--) best[i] = best[i - 1];
+    best[j] = loan;
+    return found;
+}
+
+/* Relieve rank g of what it sends to other nodes, or gets from them, whichever is more: let its
+ * node, or the other one, compute tokens that it would send. Others of that node get faster by this
+ * too, the one that computes and home slower, so what counts is by how much all ranks together are
+ * slower than `target`. */
+static int relieve_between(Search *s, i64 g, i64 target) {
+    i64 ahead = s->out[BETWEEN][g] - s->in[BETWEEN][g];
+    if (s->nodes == 1 || !ahead) return 0;
     i64 spared = s->costs.copy[BETWEEN] - s->costs.copy[INSIDE];
-    Candidate best[EXPERTS]; /* `own`: what home gets slower */
+    Loan best[EXPERTS];
     int found = 0;
-    for (i64 e = 0; e < s->E; e++) {
-        i64 at = e * s->P, home = s->home[e], mine = s->own[at + g] - s->tokens[at + g];
-        if (mine <= 0 || s->node[home] == node) continue;
-        if (found == EXPERTS && -mine * spared >= best[EXPERTS - 1].left) continue;
-        i64 left = least(s->of_node[at + node] - s->on_node[at + node], s->tokens[at + home]);
-        if (left < s->min_tokens) continue;
-        i64 busy = most(s->in[BETWEEN][home] - s->out[BETWEEN][home], 0);
-        i64 relief = s->costs.row * left + s->costs.copy[BETWEEN] * least(busy, left);
-        i64 over = s->time[home] - target;
-        i64 later = most(over + lending(s, home, BETWEEN) - relief, 0) - most(over, 0);
-        Candidate new = {later - spared * least(mine, left), later, 0, e, -1, left};
-        if (found == EXPERTS && !before(&new, &best[EXPERTS - 1])) continue;
-        int j = found < EXPERTS ? found++ : EXPERTS - 1;
-        for (; j > 0 && before(&new, &best[j - 1]); j--) best[j] = best[j - 1];
-        best[j] = new;
+    for (i64 e = 0; e < s->E && ahead > 0; e++) {
+        i64 at = e * s->P, mine = s->own[at + g] - s->tokens[at + g], from;
+        if (mine <= 0 || (found == EXPERTS && -mine * spared >= best[EXPERTS - 1].change)) continue;
+        if ((from = find_source(s, e, s->node[g])) < 0) continue;
+        Loan loan = find_loan(s, e, from, s->node[g], target);
+        loan.change -= spared * least(mine, loan.tokens);
+        if (loan.tokens) found = keep_loan(best, found, loan);
     }
+    for (i64 i = find_experts(s, g) - 1; i >= 0 && ahead < 0; i--)
+        for (i64 node = 0; node < s->nodes; node++) {
+            if (node == s->node[g]) continue;
+            Loan loan = find_loan(s, s->computed[i], g, node, target);
+            if (loan.tokens) found = keep_loan(best, found, loan);
+        }
     /* By less than a tenth of a transfer, too many would be made. */
     i64 above = excess(s, target) - (s->costs.expert + s->costs.weights[BETWEEN]) / 10;
     for (int i = 0; i < found; i++) {
-        i64 e = best[i].expert, at = e * s->P, left = best[i].tokens, h = -1, lowest = NO_LIMIT;
-        for (int32_t j = s->first[node]; j < s->first[node + 1]; j++) {
-            i64 r = s->member[j], time = s->time[r];
-            if (s->rows[r] + left > s->max_rows) continue;
-            if (!s->takes[at + r]) {
+        i64 e = best[i].expert, at = e * s->P, q = best[i].tokens, h = -1, lowest = NO_LIMIT;
+        for (i64 r = s->first[best[i].node]; r < s->first[best[i].node + 1]; r++) {
+            i64 home = s->home[e], time = s->time[r];
+            if (s->rows[r] + q > s->max_rows) continue;
+            if (r != home && !s->takes[at + r]) {
                 if (num_foreign(s, r) >= s->max_foreign) continue;
-                time += s->costs.expert + borrowing(s, r, BETWEEN) + best[i].own;
+                time += s->costs.expert + borrowing(s, r, kind(s, home, r)) + best[i].later;
             }
             time -= s->costs.copy[INSIDE] * most(s->own[at + r] - s->tokens[at + r], 0);
             if (time < lowest) lowest = time, h = r;
         }
-        if (h >= 0 && borrow_if_better(s, e, h, left, target, above)) return 1;
+        if (h >= 0 && borrow_if_better(s, e, best[i].from, h, q, target, above)) return 1;
     }
     return 0;
-}
-
-static i64 slowest(const Search *s) {
-    i64 g = 0;
-    for (i64 r = 1; r < s->P; r++)
-        if (s->time[r] > s->time[g]) g = r;
-    return g;
 }
 
 /* Whether a rank that helps has more rows than that allows. */
@@ -441,56 +369,29 @@ static int too_many(const Search *s, i64 r) {
     return num_foreign(s, r) && s->rows[r] > s->max_rows;
 }
 
+/* No more than what the home of an expert needs longer where rank h no longer helps. */
+static i64 longer_without(const Search *s, i64 e, i64 h) {
+    i64 home = s->home[e], at = e * s->P, q = s->tokens[at + h];
+    i64 sent = most(s->own[at + home] - s->tokens[at + home], 0);
+    int k = kind(s, home, h);
+    i64 weights = s->lent[k][home] > s->borrowed[k][home] ? s->costs.weights[k] : 0;
+    i64 copy = most(s->costs.copy[INSIDE], s->costs.copy[BETWEEN]);
+    return s->costs.row * q - weights - copy * least(sent, q);
+}
+
 /* Take back every transfer without which no rank gets slower than `time`. */
 static void take_back(Search *s, i64 time) {
     for (i64 i = s->num_shared - 1; i >= 0; i--) {
-        i64 e = s->shared[i], home = e / s->M;
-        for (i64 h = 0; h < s->P; h++)
-            if (s->takes[e * s->P + h]) {
-                i64 q = s->tokens[e * s->P + h];
-                shift(s, e, h, home, q);
-                if (s->time[slowest(s)] > time || too_many(s, home))
-                    shift(s, e, home, h, q);
-            }
-    }
-}
-
-static void save(const Search *s, Saved *saved) {
-    saved->count = 0;
-    for (i64 i = 0; i < s->num_shared; i++)
-        for (i64 h = 0, at = s->shared[i] * s->P; h < s->P; h++)
-            if (s->takes[at + h])
-                saved->spills[saved->count++] = (Spill){s->shared[i], h, s->tokens[at + h]};
-    memcpy(saved->ranks, s->ranks, RANKS * s->P * sizeof(i64));
-}
-
-/* Compute q more tokens of an expert on rank r and its node; the ranks' times are not touched. */
-static void put(Search *s, i64 e, i64 r, i64 q) {
-    s->tokens[e * s->P + r] += q;
-    s->on_node[e * s->P + s->node[r]] += q;
-}
-
-/* Go to a plan that was written down. */
-static void restore(Search *s, const Saved *saved) {
-    s->shifts -= saved->count / 8; /* a shift takes as long as to restore so many transfers */
-    for (i64 i = 0; i < s->num_shared; i++) {
-        i64 e = s->shared[i], at = e * s->P;
-        for (i64 h = 0; s->helpers[e]; h++) {
-            if (!s->takes[at + h]) continue;
-            i64 q = s->tokens[at + h];
-            put(s, e, h, -q), put(s, e, s->home[e], q);
-            s->takes[at + h] = 0, s->helpers[e]--;
+        i64 e = s->shared[i], home = s->home[e];
+        for (i64 h = 0; h < s->P; h++) {
+            i64 q = s->tokens[e * s->P + h];
+            if (!s->takes[e * s->P + h] || s->time[home] + longer_without(s, e, h) > time) continue;
+            remember(s, e, s->remembered);
+            shift(s, e, h, home, q);
+            if (s->time[slowest(s)] > time || too_many(s, home))
+                unshift(s, e, h, home, q, s->remembered);
         }
     }
-    s->num_shared = 0;
-    for (i64 i = 0; i < saved->count; i++) {
-        Spill *spill = saved->spills + i;
-        i64 e = spill->expert;
-        put(s, e, s->home[e], -spill->tokens), put(s, e, spill->helper, spill->tokens);
-        s->takes[e * s->P + spill->helper] = 1;
-        if (!s->helpers[e]++) s->shared[s->num_shared++] = e;
-    }
-    memcpy(s->ranks, saved->ranks, RANKS * s->P * sizeof(i64));
 }
 
 /* Let the fastest ranks of a node take tokens of an expert that are on it, as far as `target` allows
@@ -502,13 +403,11 @@ static void replicate_on(Search *s, i64 e, int32_t node, i64 target) {
     while (left >= s->min_tokens) {
         i64 h = -1, added = lending(s, home, BETWEEN);
         if (left * spared < s->costs.expert + added / 2) break;
-        for (int32_t i = s->first[node]; i < s->first[node + 1]; i++) {
-            i64 r = s->member[i];
+        for (i64 r = s->first[node]; r < s->first[node + 1]; r++)
             if (!s->takes[at + r] && num_foreign(s, r) < s->max_foreign &&
                 (h < 0 || s->time[r] + borrowing(s, r, BETWEEN) <
                               s->time[h] + borrowing(s, h, BETWEEN)))
                 h = r;
-        }
         if (h < 0) break;
         i64 q = least(left, s->tokens[at + home]);
         q = room(s, e, h, left_for(s, h, target, BETWEEN), q);
@@ -548,23 +447,24 @@ static void replicate(Search *s, i64 target) {
 }
 
 /* Relieve the slowest rank until nothing does. overfill: helpers may be filled beyond the target.
- * sending: nodes may borrow what they send. */
-static void search(Search *s, i64 target, i64 best, int overfill, int sending) {
+ * loans: whether nodes may borrow what they send, and if that is tried first or last. */
+static void search(Search *s, i64 target, i64 best, int overfill, enum loans loans) {
+    int in_vain = 0; /* nodes have tried to borrow since the last change */
     for (i64 step = 0; step < 3 * s->P && s->shifts > 0; step++) {
         i64 g = slowest(s), over = s->time[g] - target;
         if (over <= 0) break;
-        if (relieve_shared(s, g, target)) continue;
-        if (relieve_lending(s, g, target, overfill)) continue;
-        if (sending && relieve_sending(s, g, target)) continue;
+        if (relieve_carrying(s, g, target) ||
+            (loans == FIRST && !in_vain && relieve_between(s, g, target)) ||
+            relieve_shared(s, g, target) || relieve_lending(s, g, target, overfill) ||
+            (loans == LAST && !in_vain && relieve_between(s, g, target))) {
+            in_vain = 0;
+            continue;
+        }
+        in_vain = 1;
         if (over <= target / 200) break;
         target += over / 3;
         if (target >= best) break;
     }
-}
-
-static int descending(const void *a, const void *b) {
-    i64 x = *(const i64 *)a, y = *(const i64 *)b;
-    return (x < y) - (x > y);
 }
 
 static i64 rows_of(double factor, i64 mean) {
@@ -612,56 +512,12 @@ i64 plan_lla(i64 P, i64 E, const i64 *load, const i64 *by_load, i64 min_tokens, 
     return count;
 }
 
-/* Number the nodes and list their ranks. */
-static void find_nodes(Search *s, const i64 *nodes_P) {
-    i64 P = s->P;
-    for (i64 p = 0; p < P; p++) {
-        i64 q = p ? p - 1 : 0; /* mostly the same */
-        if (nodes_P[q] != nodes_P[p])
-            for (q = 0; nodes_P[q] != nodes_P[p];) q++;
-        s->node[p] = q < p ? s->node[q] : s->nodes++;
-        s->first[s->node[p] + 2]++;
-    }
-    for (i64 n = 1; n < P; n++) s->first[n + 1] += s->first[n];
-    for (i64 p = 0; p < P; p++) s->member[s->first[s->node[p] + 1]++] = p;
-}
-
-/* All at home. Returns the tokens of all. */
-static i64 begin(Search *s, const i64 *counts_PE) {
-    i64 P = s->P, E = s->E, M = s->M, total = 0;
-    for (i64 e = 0; e < E; e++) s->home[e] = e / M;
-    for (i64 p = 0; p < P; p++)
-        for (i64 home = 0; home < P; home++) {
-            i64 copies = 0;
-            for (i64 e = home * M; e < (home + 1) * M; e++) {
-                i64 n = counts_PE[p * E + e];
-                s->own[e * P + p] = n;
-                s->load[e] += n;
-                s->most_own[e] = most(s->most_own[e], n);
-                copies += n;
-                if (s->nodes > 1) s->of_node[e * P + s->node[p]] += n;
-            }
-            s->rows[home] += copies;
-            total += copies;
-            if (p == home) continue;
-            s->out[kind(s, p, home)][p] += copies;
-            s->in[kind(s, p, home)][home] += copies;
-        }
-    /* Sorted as one number each: of equal loads the lower expert first. */
-    for (i64 e = 0; e < E; e++) {
-        put(s, e, s->home[e], s->load[e]);
-        s->by_load[e] = s->load[e] * E + E - 1 - e;
-    }
-    qsort(s->by_load, E, sizeof(i64), descending);
-    for (i64 e = 0; e < E; e++) s->by_load[e] = E - 1 - s->by_load[e] % E;
-    return total;
-}
-
-/* Go from all at home to the plan of "lla", as far as it is within the limits. */
+/* Go from all at home to the plan of "lla", cut in rank order, as far as it is within the limits. */
 static void apply_lla(Search *s, double factor, Spill *spills, i64 *memory) {
     i64 *rows = memory, count = plan_lla(s->P, s->E, s->load, s->by_load, s->min_tokens,
                                          s->max_foreign, factor, spills, memory, memory + s->P);
     memcpy(rows, s->rows, s->P * sizeof(i64));
+    for (i64 i = 0; i < count; i++) spills[i].helper = s->number[spills[i].helper];
     for (i64 i = 0; i < count; i++) {
         if (spills[i].tokens < s->min_tokens) continue;
         rows[s->home[spills[i].expert]] -= spills[i].tokens;
@@ -673,6 +529,8 @@ static void apply_lla(Search *s, double factor, Spill *spills, i64 *memory) {
         if (spills[i].tokens >= s->min_tokens)
             shift(s, spills[i].expert, s->home[spills[i].expert], spills[i].helper,
                   spills[i].tokens);
+    for (i64 i = 0; i < s->num_shared && s->nodes > 1; i++)
+        for (int32_t node = 0; node < s->nodes; node++) settle(s, s->shared[i], node, 1);
 }
 
 /* Keep the plan if it is faster than `best`, which is then its time. */
@@ -703,7 +561,7 @@ static i64 improve(Search *s, const Saved *at_home, Saved *found, i64 best, i64 
             if ((from == REPLICATED || from == WITHIN_TARGET) && !s->num_shared) continue;
             /* Either with helpers filled beyond the target or without finds more at times. */
             int overfill = from == HOME && i % 2 == 0;
-            search(s, target, best, overfill, from == BEST && i > 0);
+            search(s, target, best, overfill, from == BEST && i > 0 ? LAST : NONE);
             if (keep(s, found, &best)) in_vain = -1;
         }
     }
@@ -722,10 +580,65 @@ static i64 reconsider(Search *s, Saved *found, i64 best, i64 bound) {
         restore(s, found);
         shift(s, spill.expert, spill.helper, home, spill.tokens);
         if (too_many(s, home)) continue;
-        search(s, best - (best - bound) / 20, best, 1, 1);
+        search(s, best - (best - bound) / 20, best, 1, LAST);
         if (keep(s, found, &best)) g = slowest(s), i = -1;
     }
     return best;
+}
+
+/* With several nodes, search once more from home, for plans where nodes borrow first: these differ.
+ * Returns the best time. */
+static i64 borrow_first(Search *s, const Saved *at_home, Saved *found, i64 best, i64 mean,
+                        i64 bound) {
+    for (int i = 0; i < 3 && s->nodes > 1 && s->shifts > 0; i++) {
+        restore(s, at_home);
+        search(s, i ? best - (best - bound) / (2 << i) : mean, best, 1, FIRST);
+        if (keep(s, found, &best)) best = reconsider(s, found, best, bound), i = 0;
+    }
+    return best;
+}
+
+/* What a search needs, all in one piece, and zeros; or NULL. */
+static i64 *allocate(Search *s, Saved *at_home, Saved *found) {
+    i64 P = s->P, E = s->E;
+    i64 longs = 7 * E * P + 3 * E + 2 * P + 3 * RANKS * P, ints = 4 * E + 5 * P + 2;
+    i64 bytes = longs * sizeof(i64) + E * P * sizeof(Spill) + ints * sizeof(int32_t) + E * P;
+    i64 *memory = calloc(1, bytes);
+    if (!memory) return NULL;
+    i64 *next = memory;
+    s->own = next, next += E * P, s->of_node = next, next += E * P;
+    s->tokens = next, next += E * P, s->on_node = next, next += E * P;
+    s->near = next, next += E * P, s->near_home = next, next += E * P;
+    found->near = next, next += E * P;
+    s->load = next, next += E, s->by_load = next, next += E, s->most_own = next, next += E;
+    s->remembered = next, next += 2 * P;
+    at_home->ranks = next, next += RANKS * P, found->ranks = next, next += RANKS * P;
+    s->ranks = next, s->rows = next, next += P, s->time = next, next += P;
+    for (int k = 0; k < KINDS; k++) {
+        s->in[k] = next, next += P, s->out[k] = next, next += P;
+        s->lent[k] = next, next += P, s->borrowed[k] = next, next += P;
+    }
+    found->spills = (Spill *)next;
+    int32_t *small = (int32_t *)(found->spills + E * P);
+    s->helpers = small, small += E, s->shared = small, small += E;
+    s->home = small, small += E, s->computed = small, small += E;
+    s->node = small, small += P, s->number = small, small += P, s->rank = small, small += P;
+    s->under = small, small += P, s->first = small, small += P + 2;
+    s->takes = (uint8_t *)small;
+    return memory;
+}
+
+/* Write down what each rank computes of each expert, and, of what it then sends or gets, what stays
+ * in its node, where the expert is shared and there are several nodes. */
+static void write(const Search *s, const Saved *found, i64 *tokens_EP, i64 *near_EP) {
+    i64 P = s->P;
+    for (i64 e = 0; e < s->E; e++) tokens_EP[e * P + s->rank[s->home[e]]] = s->load[e];
+    for (i64 i = 0; i < found->count; i++) {
+        i64 e = found->spills[i].expert, at = e * P, tokens = found->spills[i].tokens;
+        tokens_EP[at + s->rank[s->home[e]]] -= tokens;
+        tokens_EP[at + s->rank[found->spills[i].helper]] = tokens;
+        for (i64 r = 0; r < P && s->nodes > 1; r++) near_EP[at + s->rank[r]] = found->near[at + r];
+    }
 }
 
 /* The plan.
@@ -733,67 +646,45 @@ static i64 reconsider(Search *s, Saved *found, i64 best, i64 bound) {
  * nodes_P: any numbers. costs: row, expert, copy inside and between, weights inside and between.
  * limits: fewest tokens of a spill, most foreign experts of a rank, most tokens of all that the
  * prices allow for. factor: most rows of a rank that helps, relative to the mean; infinite: any
- * number. threshold: the load ratio below which nothing spills. tokens_EP gets the plan, times the
- * slowest rank's time without and with it.
+ * number. threshold: the load ratio below which nothing spills. tokens_EP and near_EP are zeros and
+ * get the plan, times the slowest rank's time without and with it.
  *
  * Returns the number of spills, or NO_MEMORY or TOO_MANY tokens. */
 i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 *costs,
-              const i64 *limits, double factor, double threshold, i64 *tokens_EP, i64 *times) {
+              const i64 *limits, double factor, double threshold, i64 *tokens_EP, i64 *near_EP,
+              i64 *times) {
     int limited = factor < INFINITY;
-    Search s = {.P = P, .E = E, .M = E / P, .shifts = SHIFTS};
+    Search s = {.P = P, .E = E, .M = E / P};
     s.costs = (Costs){costs[0], costs[1], {costs[2], costs[3]}, {costs[4], costs[5]}};
     s.min_tokens = most(limits[0], 1), s.max_foreign = limits[1];
-    i64 *memory = calloc(4 * E * P + 3 * E + 3 * RANKS * P, sizeof(i64));
-    int32_t *small = calloc(4 * E + 4 * P + 2 + (E * P + 3) / 4, sizeof(int32_t));
-    Spill *spills = malloc(E * P * sizeof(Spill));
-    if (!memory || !small || !spills) {
-        free(memory), free(small), free(spills);
-        return NO_MEMORY;
-    }
-    i64 *next = memory;
-    s.own = next, next += E * P, s.of_node = next, next += E * P;
-    s.tokens = next, next += E * P, s.on_node = next, next += E * P;
-    s.load = next, next += E, s.by_load = next, next += E;
-    s.most_own = next, next += E;
-    Saved at_home = {.ranks = next}, found = {spills, 0, next + RANKS * P};
-    next += 2 * RANKS * P;
-    s.ranks = next, s.rows = next, next += P, s.time = next, next += P;
-    for (int k = 0; k < KINDS; k++) {
-        s.in[k] = next, next += P, s.out[k] = next, next += P;
-        s.lent[k] = next, next += P, s.borrowed[k] = next, next += P;
-    }
-    s.helpers = small, s.shared = s.helpers + E, s.home = s.shared + E;
-    s.computed = s.home + E;
-    s.node = s.computed + E, s.member = s.node + P, s.under = s.member + P, s.first = s.under + P;
-    s.takes = (uint8_t *)(s.first + P + 2);
-
+    Saved at_home = {0}, found = {0};
+    i64 *memory = allocate(&s, &at_home, &found);
+    if (!memory) return NO_MEMORY;
     find_nodes(&s, nodes_P);
-    i64 total = begin(&s, counts_PE), most_rows = 0, sum = 0, best = 0;
-    memcpy(tokens_EP, s.tokens, E * P * sizeof(i64));
+    s.shifts = s.nodes > 1 ? SHIFTS_OF_NODES : SHIFTS;
+    i64 total = begin(&s, counts_PE), most_rows = 0, sum = 0;
     if (total > limits[2]) {
-        found.count = TOO_MANY;
-    } else {
-        for (i64 r = 0; r < P; r++) {
-            retime(&s, r);
-            most_rows = most(most_rows, s.rows[r]), sum += s.time[r] / P;
-        }
-        save(&s, &at_home);
-        best = times[0] = s.time[slowest(&s)];
-        /* Whole numbers as doubles, divided once: the load ratio of ds_llep/plan.py. */
-        if (total && (double)(most_rows * P) / (double)total >= threshold) {
-            s.max_rows = limited ? rows_of(factor, total / P) : NO_LIMIT;
-            apply_lla(&s, limited ? factor : 1, spills, found.ranks);
-            if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], save(&s, &found);
-            best = improve(&s, &at_home, &found, best, sum, s.costs.row * total / P);
-            if (found.count) best = reconsider(&s, &found, best, s.costs.row * total / P);
-        }
-        times[1] = best;
+        free(memory);
+        return TOO_MANY;
     }
-    for (i64 i = 0; i < found.count; i++) {
-        i64 at = spills[i].expert * P;
-        tokens_EP[at + s.home[spills[i].expert]] -= spills[i].tokens;
-        tokens_EP[at + spills[i].helper] = spills[i].tokens;
+    for (i64 r = 0; r < P; r++) {
+        retime(&s, r);
+        most_rows = most(most_rows, s.rows[r]), sum += s.time[r] / P;
     }
-    free(memory), free(small), free(spills);
+    save(&s, &at_home);
+    i64 best = s.time[slowest(&s)], bound = s.costs.row * total / P;
+    times[0] = best;
+    /* Whole numbers as doubles, divided once: the load ratio of ds_llep/plan.py. */
+    if (total && (double)(most_rows * P) / (double)total >= threshold) {
+        s.max_rows = limited ? rows_of(factor, total / P) : NO_LIMIT;
+        apply_lla(&s, limited ? factor : 1, found.spills, found.ranks);
+        if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], save(&s, &found);
+        best = improve(&s, &at_home, &found, best, sum, bound);
+        if (found.count) best = reconsider(&s, &found, best, bound);
+        best = borrow_first(&s, &at_home, &found, best, sum, bound);
+    }
+    times[1] = best;
+    write(&s, &found, tokens_EP, near_EP);
+    free(memory);
     return found.count;
 }

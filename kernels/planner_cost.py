@@ -67,9 +67,9 @@ def library() -> ctypes.CDLL:
                 f"environment variable TMPDIR name a folder that programs may run from, {instead}."
             ) from None
     size, array, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-    loaded.plan_cost.argtypes = (size, size, *[array] * 4, number, number, array, array)
+    loaded.plan_cost.argtypes = (size, size, *[array] * 4, number, number, *[array] * 3)
     loaded.plan_cost.restype = size
-    loaded.cut.argtypes = (size, size, *[array] * 3, size, array)
+    loaded.cut.argtypes = (size, size, *[array] * 4, size, array)
     loaded.cut.restype = None
     plan = ctypes.POINTER(_Plan)
     loaded.splits.argtypes = (plan, array, array, size, size, array, array)
@@ -87,7 +87,7 @@ def plan_cost(
     max_foreign_experts: int | None,
     capacity_factor: float | None,
     threshold: float,
-) -> tuple[np.ndarray, int, tuple[int, int]]:
+) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int]]:
     """Search for the plan whose slowest rank is the fastest.
 
     Args:
@@ -101,8 +101,8 @@ def plan_cost(
         threshold: nothing spills where the most loaded rank has fewer rows than the mean times it.
 
     Returns:
-        int64 [E, P], tokens of each expert that each rank computes; the number of spills; and the
-        time of the slowest rank without them and with them.
+        int64 [E, P], tokens of each expert that each rank computes; int64 [E, P], `near_EP` for
+        `cut`; the number of spills; and the time of the slowest rank without them and with them.
 
     Raises:
         ValueError: no C compiler; prices out of range, or so high that a sum of them overflows.
@@ -111,17 +111,17 @@ def plan_cost(
     P, E = counts_PE.shape
     counts_PE, nodes_P = _plain(counts_PE), _plain(nodes_P)
     costs, limits = _as_arrays(prices, min_tokens, max_foreign_experts, P, E)
-    tokens_EP, times = np.empty((E, P), dtype=np.int64), (ctypes.c_int64 * 2)()
+    (tokens_EP, near_EP), times = np.zeros((2, E, P), dtype=np.int64), (ctypes.c_int64 * 2)()
     spills = library().plan_cost(
         *(P, E, counts_PE.ctypes.data, nodes_P.ctypes.data, costs, limits),
         math.inf if capacity_factor is None else capacity_factor,
-        *(threshold, tokens_EP.ctypes.data, times),
+        *(threshold, tokens_EP.ctypes.data, near_EP.ctypes.data, times),
     )
     if spills == _NO_MEMORY:
         raise MemoryError(f"planner cost: no memory for {E} experts on {P} ranks")
     if spills == _TOO_MANY:
         raise ValueError(f"planner cost: prices {prices} are too high to be added up as 64-bit")
-    return tokens_EP, spills, tuple(times)
+    return tokens_EP, near_EP, spills, tuple(times)
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
@@ -153,7 +153,10 @@ def _as_arrays(
 
 
 def cut(
-    counts_PE: np.ndarray, tokens_EP: np.ndarray, nodes_P: np.ndarray
+    counts_PE: np.ndarray,
+    tokens_EP: np.ndarray,
+    nodes_P: np.ndarray,
+    near_EP: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Which tokens each rank computes, by the local rule of ds_llep/cut.py.
 
@@ -161,6 +164,8 @@ def cut(
         counts_PE: int64, each rank's own tokens per expert.
         tokens_EP: int64, tokens of each expert that each rank computes.
         nodes_P: int64, the node of each rank, any integers.
+        near_EP: int64, of the tokens of a spilled expert that a rank sends away, or gets from
+            others, those that stay in its node; None: as many as can of the first ranks.
 
     Returns:
         int64: [X] the experts that are not computed at home alone, ascending; [J] the expert, the
@@ -172,13 +177,18 @@ def cut(
     """
     P, E = counts_PE.shape
     room = np.count_nonzero(tokens_EP)
-    found = np.empty(2 + P + room * (4 + P), dtype=np.int64)
+    found = np.empty(2 + 2 * P + room * (4 + P), dtype=np.int64)
     arrays = _plain(counts_PE), _plain(tokens_EP), _plain(nodes_P)
-    library().cut(P, E, *(array.ctypes.data for array in arrays), room, found.ctypes.data)
+    near_EP = None if near_EP is None else _plain(near_EP)
+    library().cut(
+        *(P, E, *(array.ctypes.data for array in arrays)),
+        *(None if near_EP is None else near_EP.ctypes.data, room, found.ctypes.data),
+    )
     found.setflags(write=False)
     X, J = found[:2].tolist()
-    expert_X, *segments = found[2 + P : 2 + P + 4 * room].reshape(4, room)
-    sent_JP = found[2 + P + 4 * room :].reshape(room, P)
+    found = found[2 + 2 * P :]
+    expert_X, *segments = found[: 4 * room].reshape(4, room)
+    sent_JP = found[4 * room :].reshape(room, P)
     return expert_X[:X], *(column[:J] for column in segments), sent_JP[:J]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from plans import draw_nodes, for_all, shares
+from plans import draw_near, draw_nodes, for_all, shares
 
 from ds_llep.costs import Costs, rank_costs
 
@@ -12,7 +12,7 @@ PRICES = st.builds(Costs, *[st.sampled_from([0, 1, 7]) | st.integers(0, 10**9)] 
 
 @st.composite
 def plans(draw):
-    """(counts_PE, tokens_EP, nodes_P): any assignment, in part or wholly away from home."""
+    """(counts_PE, tokens_EP, nodes_P, near_EP): any assignment, in part or wholly away from home."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     P = draw(st.integers(1, 7))
     E = P * draw(st.integers(1, 4))
@@ -22,10 +22,13 @@ def plans(draw):
         shares_P = rng.dirichlet(np.full(P, 0.3))
         at_home = rng.random() < 0.3
         tokens_EP[e] = np.eye(P)[e * P // E] * load if at_home else rng.multinomial(load, shares_P)
-    return counts_PE, tokens_EP, draw_nodes(P, rng) if draw(st.booleans()) else None
+    nodes_P = draw_nodes(P, rng) if draw(st.booleans()) else None
+    by_plan = nodes_P is not None and draw(st.booleans())
+    near_EP = draw_near(counts_PE, tokens_EP, nodes_P, rng) if by_plan else None
+    return counts_PE, tokens_EP, nodes_P, near_EP
 
 
-def costs_in_words(counts_PE, tokens_EP, costs, nodes_P):
+def costs_in_words(counts_PE, tokens_EP, costs, nodes_P, near_EP):
     P, E = counts_PE.shape
     prices = {
         "inside": (costs.copy_inside, costs.weights_inside),
@@ -37,7 +40,8 @@ def costs_in_words(counts_PE, tokens_EP, costs, nodes_P):
             link: dict.fromkeys(("received", "sent", "borrowed", "lent"), 0) for link in prices
         }
         for e in range(E):
-            home, share_PP = e * P // E, shares(counts_PE[:, e], tokens_EP[e], nodes_P)
+            near_P = None if near_EP is None else near_EP[e]
+            home, share_PP = e * P // E, shares(counts_PE[:, e], tokens_EP[e], nodes_P, near_P)
             time_P[rank] += costs.row * int(tokens_EP[e, rank])
             if rank != home and tokens_EP[e, rank]:
                 time_P[rank] += costs.expert
@@ -56,10 +60,10 @@ def costs_in_words(counts_PE, tokens_EP, costs, nodes_P):
 
 @for_all(plans(), PRICES)
 def test_agrees_with_the_model_in_words(plan, costs):
-    counts_PE, tokens_EP, nodes_P = plan
-    found_P = rank_costs(counts_PE, tokens_EP, costs, nodes_P)
+    counts_PE, tokens_EP, nodes_P, near_EP = plan
+    found_P = rank_costs(counts_PE, tokens_EP, costs, nodes_P, near_EP=near_EP)
     assert found_P.dtype == np.int64
-    assert found_P.tolist() == costs_in_words(counts_PE, tokens_EP, costs, nodes_P)
+    assert found_P.tolist() == costs_in_words(counts_PE, tokens_EP, costs, nodes_P, near_EP)
 
 
 @pytest.mark.parametrize("nodes_P, copy, weights", [(None, 1, 3), ([4, 4], 1, 3), ([4, 2], 7, 200)])

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from plans import config_of, draw_nodes, for_all, scatter, shares
+from plans import config_of, draw_near, draw_nodes, for_all, scatter, shares_of
 
 from ds_llep.plan import Plan, Spill, make_plan
 
@@ -403,7 +403,9 @@ def local_plans(draw):
     at_home = rng.random(len(load_E)) < 0.3
     tokens_EP[at_home] = 0
     tokens_EP[at_home, np.flatnonzero(at_home) * P // len(load_E)] = np.array(load_E)[at_home]
-    return Plan(scatter(load_E, P, rng), tokens_EP, bypassed=False, nodes_P=draw_nodes(P, rng))
+    counts_PE, nodes_P = scatter(load_E, P, rng), draw_nodes(P, rng)
+    near_EP = draw_near(counts_PE, tokens_EP, nodes_P, rng) if draw(st.booleans()) else None
+    return Plan(counts_PE, tokens_EP, bypassed=False, nodes_P=nodes_P, near_EP=near_EP)
 
 
 def sent_by_all(plan):
@@ -415,8 +417,7 @@ def sent_by_all(plan):
 def test_a_local_cut_follows_its_rule(plan):
     sent_PEP = sent_by_all(plan)
     for e in range(plan.num_experts):
-        expected_PP = shares(plan.counts_PE[:, e], plan.tokens_EP[e], plan.nodes_P)
-        assert sent_PEP[:, e].tolist() == expected_PP.tolist()
+        assert sent_PEP[:, e].tolist() == shares_of(plan, e).tolist()
 
 
 @for_all(local_plans())

@@ -49,9 +49,14 @@ class Case(NamedTuple):
         P, E = self.counts_PE.shape
         return np.eye(P, dtype=int)[np.arange(E) * P // E] * self.counts_PE.sum(0)[:, None]
 
-    def time(self, tokens_EP) -> int:
-        """Of the slowest rank, whichever planner the assignment is from."""
-        return int(rank_costs(self.counts_PE, tokens_EP, self.costs, self.nodes_P).max())
+    def time(self, tokens_EP, near_EP=None) -> int:
+        """Of the slowest rank, whichever planner the assignment is from, cut locally."""
+        arrays = self.counts_PE, tokens_EP, self.costs, self.nodes_P
+        return int(rank_costs(*arrays, near_EP=near_EP).max())
+
+    def planned_time(self) -> int:
+        plan = self.plan()
+        return self.time(plan.tokens_EP, plan.near_EP)
 
     def most_rows(self) -> float:
         """Of a rank that helps."""
@@ -111,8 +116,7 @@ def test_nothing_is_lost_and_limits_hold(case):
 
 @for_all(cases, examples=MANY)
 def test_never_slower_than_without_spills_or_with_lla(case):
-    plan, lla = case.plan(), case.plan("lla")
-    time = case.time(plan.tokens_EP)
+    lla, time = case.plan("lla"), case.planned_time()
     assert time <= case.time(case.at_home())
     if case.allows(lla):
         assert time <= case.time(lla.tokens_EP)
@@ -123,12 +127,29 @@ def test_the_search_knows_the_exact_time(case):
     """After thousands of shifts, what it has kept for each rank is what the model says."""
     limits = case.config.min_tokens_per_gemm, case.config.max_foreign_experts
     for factor in (case.config.capacity_factor, None):
-        tokens_EP, spills, (before, after) = planner_cost.plan_cost(
+        tokens_EP, near_EP, spills, (before, after) = planner_cost.plan_cost(
             case.counts_PE, case.nodes_P, case.costs.prices, *limits, factor, threshold=1.0
         )
         assert spills == ((tokens_EP > 0) & (case.at_home() == 0)).sum()
         assert before == case.time(case.at_home())
-        assert after == case.time(tokens_EP)
+        assert after == case.time(tokens_EP, near_EP)
+
+
+@for_all(cases, examples=MANY)
+def test_what_can_stay_in_a_node_stays(case):
+    """A node's ranks send each other as much as some send away and others get."""
+    plan = case.plan()
+    more_EP = (plan.tokens_EP - case.counts_PE.T)[plan.spilled_experts]
+    near_EP = plan.near_EP[plan.spilled_experts]
+    if len(np.unique(case.nodes_P)) == 1:
+        return  # all stay, and none are counted
+    assert (near_EP >= 0).all() and (near_EP <= abs(more_EP)).all()
+    for node in np.unique(case.nodes_P):
+        more_Em, near_Em = more_EP[:, case.nodes_P == node], near_EP[:, case.nodes_P == node]
+        sent_E, got_E = np.maximum(-more_Em, 0).sum(1), np.maximum(more_Em, 0).sum(1)
+        for which in more_Em < 0, more_Em > 0:
+            stays_E = np.where(which, near_Em, 0).sum(1)
+            np.testing.assert_array_equal(stays_E, np.minimum(sent_E, got_E))
 
 
 @for_all(cases, st.sampled_from([1, 50, 1000]), st.none() | st.floats(1, 2), examples=MANY)
@@ -210,7 +231,7 @@ def test_numbers_of_ranks_matter_little(seed):
             counts_PE=case.counts_PE[rank_P][:, expert_E], nodes_P=case.nodes_P[rank_P]
         )
         assert other.time(other.at_home()) == case.time(case.at_home())
-        ratios.append(other.time(other.plan().tokens_EP) / case.time(case.plan().tokens_EP))
+        ratios.append(other.planned_time() / case.planned_time())
     assert np.mean(np.isclose(ratios, 1, rtol=1e-3)) >= 0.8
     assert np.mean(np.abs(np.log(ratios))) <= 0.02
 
@@ -260,7 +281,7 @@ def gaps_to_the_optimum(seed):
                 np.arange(P) * nodes // P,
             )
             bound, best = optimum(case.counts_PE, case.costs, case.nodes_P, tolerance=0.01)
-            gaps.append(case.time(case.plan().tokens_EP) / bound - 1)
+            gaps.append(case.planned_time() / bound - 1)
             where = f"{P:2d} {E:3d} {nodes} {workload:9} {name:14}"
             lines.append(f"{where} | {bound / 1e6:6.0f} | {best / bound - 1:.4f} | {gaps[-1]:.4f}")
     return gaps, lines
@@ -285,7 +306,7 @@ def test_near_the_best_plan_with_few_experts_on_two_nodes(workload):
     """
     case = few_experts(workload)
     bound, _ = optimum(case.counts_PE, case.costs, case.nodes_P, tolerance=0.01)
-    assert -1e-6 < case.time(case.plan().tokens_EP) / bound - 1 <= 0.05
+    assert -1e-6 < case.planned_time() / bound - 1 <= 0.05
 
 
 @pytest.mark.parametrize("workload, fewest", [("ragged", 660), ("zipf:1", 1300)])
@@ -301,7 +322,7 @@ def test_all_replicate_where_none_alone_would_gain():
     costs = H200.costs(2048, 768, 8, 8, 2, 2)
     case = Case(counts_PE, config_of(capacity_factor=None), costs, np.zeros(8, dtype=int))
     plan = case.plan()
-    assert case.time(plan.tokens_EP) < 0.95 * case.time(case.at_home())
+    assert case.planned_time() < 0.95 * case.time(case.at_home())
     assert (plan.tokens_EP[::4] == 4000).all()
 
 

@@ -70,7 +70,8 @@ def measure(
     sent_PP = np.stack([plan.send_EP(rank).sum(0) for rank in range(P)])
     np.fill_diagonal(sent_PP, 0)
     local = plan.nodes_P is not None
-    time_P = rank_costs(counts_PE, plan.tokens_EP, costs_of(*layer), nodes_P, local)
+    prices = costs_of(*layer)
+    time_P = rank_costs(counts_PE, plan.tokens_EP, prices, nodes_P, local, plan.near_EP)
     return [
         *(plan_ms, max(0.0, median_ms(split, repeats) - plan_ms), time_P.max() / 1e9),
         *(plan.load_ratio_after, len(plan.spills)),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import CHEAP_SPILLS, draw_nodes, shares
+from plans import CHEAP_SPILLS, draw_near, draw_nodes, shares_of
 
 from ds_llep import LLEPConfig, make_plan
 from ds_llep import dispatch as dispatch_room
@@ -78,7 +78,9 @@ def arbitrary(ids, E: int) -> Plan:
 def arbitrary_local(ids, E: int) -> Plan:
     plan = arbitrary(ids, E)
     rng = np.random.default_rng(plan.counts_PE.reshape(-1))
-    return replace(plan, nodes_P=draw_nodes(len(ids), rng))
+    nodes_P = draw_nodes(len(ids), rng)
+    near_EP = draw_near(plan.counts_PE, plan.tokens_EP, nodes_P, rng)
+    return replace(plan, nodes_P=nodes_P, near_EP=near_EP if rng.random() < 0.5 else None)
 
 
 PLANNERS = [lla, lla, cost, arbitrary, arbitrary_local, arbitrary_local, home]
@@ -102,7 +104,7 @@ def play(ids, plan: Plan) -> list[np.ndarray]:
     """For each rank `[T, K, 2]`: the rank that computes a copy, and its row there."""
     runs, P = {}, plan.num_ranks
     for e in range(plan.num_experts):
-        share_PP = shares(plan.counts_PE[:, e], plan.tokens_EP[e], plan.nodes_P)
+        share_PP = shares_of(plan, e)
         for s, i in enumerate(ids):
             copies = [(s, t, k) for t, k in np.argwhere(i == e)]
             for p in range(P):
