@@ -82,6 +82,9 @@ class GivenRates(_StrictModel):
     exposed: float | None = Field(default=None, ge=0, le=1)
     """The share of a weight transfer that other work does not hide."""
 
+    spill_us: float | None = Field(default=None, ge=0, le=1e6)
+    """Microseconds that any spill costs a layer, whatever it moves: what the host does for it."""
+
 
 class CostConfig(GivenRates):
     """The ``"cost"`` sub-section: where planner ``"cost"`` has its prices and its nodes from."""

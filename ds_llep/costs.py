@@ -7,7 +7,8 @@ A model in integers, so that every rank finds the same. A rank's time is the sum
   both at once), priced apart inside a node and between nodes;
 - the experts that it borrows or lends, whichever are more, likewise.
 
-Ranks wait for each other in every all-to-all, so the plan costs what its slowest rank takes.
+Ranks wait for each other in every all-to-all, so the plan costs what its slowest rank takes. A plan
+with any spill costs a fixed amount more: what the host has to do for it, on every rank.
 
 Shape letters: `E` experts, `P` ranks of the group, `M = E / P` experts at home on a rank, `J`
 segments (see cut.py).
@@ -37,6 +38,8 @@ class Costs:
     other work does not hide it."""
     weights_between: int
     """The same to another node."""
+    spill: int = 0
+    """Any spill in the layer, whatever it moves: what the host does for a second set of experts."""
 
     @property
     def prices(self) -> tuple[int, ...]:
@@ -93,6 +96,7 @@ def rank_costs(
     np.add.at(lent_PP, (home_J[foreign], rank_J[foreign]), 1)
 
     cost_P = costs.row * tokens_EP.sum(0) + costs.expert * lent_PP.sum(0)
+    cost_P += costs.spill * lent_PP.any()
     near_PP = np.ones((P, P), dtype=bool)
     if nodes_P is not None:
         near_PP = nodes_P[:, None] == nodes_P

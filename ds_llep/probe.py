@@ -99,6 +99,7 @@ class _Probe:
             "between_gbytes": partial(self._byte, False),
             "expert_us": self._expert,
             "exposed": self._exposed,
+            "spill_us": self._spill,
         }
         took = [measurements[key]() for key in keys]
         agreed = torch.tensor(took, dtype=torch.float64, device=self._like.device)
@@ -109,6 +110,8 @@ class _Probe:
                 found[key] = min(max(value, 0.0), 1.0)
             elif key == "expert_us":
                 found[key] = max(value * 1e6, 1e-6)  # where the noise is larger than the price
+            elif key == "spill_us":
+                found[key] = value * 1e6
             elif value:
                 found[key] = max(1 / (value * UNITS[key]), LEAST_RATE)
         return found
@@ -139,6 +142,11 @@ class _Probe:
         few, many = (self._seconds(partial(self._products, groups)) for groups in (_FEW, _MANY))
         return (many - few) / (_MANY - _FEW)
 
+    def _spill(self) -> float:
+        """Seconds of the products of a second set of experts that has hardly any rows: mostly the
+        host's, which starts them."""
+        return self._seconds(partial(self._products, rows=_FEW))
+
     def _exposed(self) -> float:
         """What a transfer adds to products beside it, of what it takes alone."""
 
@@ -151,9 +159,9 @@ class _Probe:
         transfer = self._seconds(lambda: self._finish(self._transfer()))
         return (self._seconds(both) - products) / transfer
 
-    def _products(self, groups: int = _FEW) -> None:
+    def _products(self, groups: int = _FEW, rows: int | None = None) -> None:
         """Those of experts' forward and backward."""
-        rows_ND, kernels = self._rows_ND, self._kernels
+        rows_ND, kernels = self._rows_ND[:rows], self._kernels
         w1, w2, w3 = (weights[:groups] for weights in self._weights)
         counts = [len(rows_ND) // groups] * groups
         gate_NF, up_NF = kernels.gate_up(rows_ND, w1, w3, counts)

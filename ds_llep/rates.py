@@ -28,6 +28,7 @@ UNITS = {
     "between_gbytes": 10**9,
     "expert_us": 10**6,
     "exposed": 10**3,
+    "spill_us": 10**6,
 }
 """The config's and the file's keys, in the order of the fields of :class:`Rates`, and how many of
 its units are one of theirs."""
@@ -47,6 +48,8 @@ class Rates:
     """Picoseconds of one more foreign expert, beside its rows."""
     exposed: int
     """Thousandths of a weight transfer that other work does not hide."""
+    spill: int
+    """Picoseconds of any spill in a layer, beside what it computes and moves."""
 
     @classmethod
     def of(cls, known: dict[str, float]) -> Rates:
@@ -59,7 +62,7 @@ class Rates:
 
     def in_units(self) -> dict[str, float]:
         """By the config's keys, in its units."""
-        values = self.flops, self.inside, self.between, self.expert, self.exposed
+        values = vars(self).values()
         return {key: value / UNITS[key] for key, value in zip(UNITS, values, strict=True)}
 
     def __str__(self) -> str:
@@ -101,6 +104,7 @@ class Rates:
             copy_between=int(copy / self.between),
             weights_inside=int(weights / self.inside),
             weights_between=int(weights / self.between),
+            spill=self.spill,
         )
 
 
@@ -112,6 +116,7 @@ H200 = Rates.of(
         "between_gbytes": 45,
         "expert_us": 10,
         "exposed": 0.5,
+        "spill_us": 800,
     }
 )
 

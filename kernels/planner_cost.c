@@ -643,7 +643,7 @@ static void write(const Search *s, const Saved *found, i64 *tokens_EP, i64 *near
 
 /* The plan.
  *
- * nodes_P: any numbers. costs: row, expert, copy inside and between, weights inside and between.
+ * nodes_P: any numbers. costs: row, expert, copy inside and between, weights inside and between, spill.
  * limits: fewest tokens of a spill, most foreign experts of a rank, most tokens of all that the
  * prices allow for. factor: most rows of a rank that helps, relative to the mean; infinite: any
  * number. threshold: the load ratio below which nothing spills. tokens_EP and near_EP are zeros and
@@ -655,7 +655,7 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
               i64 *times) {
     int limited = factor < INFINITY;
     Search s = {.P = P, .E = E, .M = E / P};
-    s.costs = (Costs){costs[0], costs[1], {costs[2], costs[3]}, {costs[4], costs[5]}};
+    s.costs = (Costs){costs[0], costs[1], {costs[2], costs[3]}, {costs[4], costs[5]}, costs[6]};
     s.min_tokens = most(limits[0], 1), s.max_foreign = limits[1];
     Saved at_home = {0}, found = {0};
     i64 *memory = allocate(&s, &at_home, &found);
@@ -675,7 +675,8 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
     i64 best = s.time[slowest(&s)], bound = s.costs.row * total / P;
     times[0] = best;
     /* Whole numbers as doubles, divided once: the load ratio of ds_llep/plan.py. */
-    if (total && (double)(most_rows * P) / (double)total >= threshold) {
+    int skewed = total && (double)(most_rows * P) / (double)total >= threshold;
+    if (skewed && best - bound > s.costs.spill) { /* no plan is faster than `bound` */
         s.max_rows = limited ? rows_of(factor, total / P) : NO_LIMIT;
         apply_lla(&s, limited ? factor : 1, found.spills, found.ranks);
         if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], save(&s, &found);
@@ -683,7 +684,8 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
         if (found.count) best = reconsider(&s, &found, best, bound);
         best = borrow_first(&s, &at_home, &found, best, sum, bound);
     }
-    times[1] = best;
+    if (found.count && best + s.costs.spill >= times[0]) found.count = 0;
+    times[1] = found.count ? best + s.costs.spill : times[0];
     write(&s, &found, tokens_EP, near_EP);
     free(memory);
     return found.count;

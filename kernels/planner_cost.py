@@ -94,7 +94,7 @@ def plan_cost(
         counts_PE: int64 [P, E], each rank's own tokens per expert; E is a multiple of P.
         nodes_P: int64 [P], the node of each rank, any integers.
         prices: of a row, of a foreign expert, of a copy inside a node and between nodes, of an
-            expert's weights inside and between; integers >= 0, of a row >= 1.
+            expert's weights inside and between, of any spill; integers >= 0, of a row >= 1.
         min_tokens: fewest tokens of a spill.
         max_foreign_experts: most of a rank; None: any number.
         capacity_factor: most rows of a rank that helps, relative to the mean; None: any number.
@@ -138,10 +138,11 @@ def _as_arrays(
         raise ValueError(
             f"planner cost: prices {prices}; valid is 1 or more for a row, 0 or more for the rest"
         )
-    row, expert, *copies, weights_inside, weights_between = prices
+    row, expert, *copies, weights_inside, weights_between, spill = prices
     # No rank's time is above the tokens at `token` each and `fixed`, and the search multiplies
     # times by P and by percentages.
-    token, fixed = row + sum(copies), 2 * E * (expert + weights_inside + weights_between)
+    token = row + sum(copies)
+    fixed = spill + 2 * E * (expert + weights_inside + weights_between)
     max_total = ((1 << 62) // max(P, 100) - fixed) // token - 1
     if max_total < 0:
         raise ValueError(f"planner cost: prices {prices} are too high to be added up as 64-bit")
@@ -149,7 +150,7 @@ def _as_arrays(
         _NO_LIMIT if limit is None else min(limit, _NO_LIMIT)
         for limit in (min_tokens, max_foreign_experts)
     ]
-    return (ctypes.c_int64 * 6)(*prices), (ctypes.c_int64 * 3)(*limits, max_total)
+    return (ctypes.c_int64 * 7)(*prices), (ctypes.c_int64 * 3)(*limits, max_total)
 
 
 def cut(

@@ -19,7 +19,7 @@ enum { INSIDE, BETWEEN, KINDS };
 enum { RANKS = 2 + 4 * KINDS }; /* numbers that are kept for each rank */
 
 typedef struct {
-    i64 row, expert, copy[KINDS], weights[KINDS];
+    i64 row, expert, copy[KINDS], weights[KINDS], spill;
 } Costs;
 
 typedef struct {

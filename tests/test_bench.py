@@ -103,6 +103,7 @@ def test_session(pools, seed):
 def test_planner_cost(pools, seed):
     """What is recorded of a plan is what the layers plan, with measured rates or given ones."""
     given = {"tflops": 1e-3, "inside_gbytes": 1e3, "expert_us": 1e-3, "exposed": 0.0}
+    given["spill_us"] = 0.0
     llep = LLEPConfig(enabled=True, planner="cost", cost=given)
     answers = pools(2).run(run_session, workloads=["50:2"], ep_size=2, llep=llep, seed=seed)
     for records in answers:

@@ -40,6 +40,7 @@ DEFAULTS = {
         "between_gbytes": None,
         "expert_us": None,
         "exposed": None,
+        "spill_us": None,
         "file": None,
         "ranks_per_node": None,
     },
@@ -329,7 +330,7 @@ def ratio() -> st.SearchStrategy:
             "cost": st.fixed_dictionaries(
                 {},
                 optional={
-                    **dict.fromkeys((*RATES, "expert_us"), rate()),
+                    **dict.fromkeys((*RATES, "expert_us", "spill_us"), rate()),
                     "exposed": st.none() | st.integers(0, 1) | st.floats(0, 1),
                     "file": st.none() | st.just("rates.json"),
                     "ranks_per_node": st.none() | st.integers(1, 1000),

@@ -7,7 +7,7 @@ from plans import draw_near, draw_nodes, for_all, shares
 
 from ds_llep.costs import Costs, rank_costs
 
-PRICES = st.builds(Costs, *[st.sampled_from([0, 1, 7]) | st.integers(0, 10**9)] * 6)
+PRICES = st.builds(Costs, *[st.sampled_from([0, 1, 7]) | st.integers(0, 10**9)] * 7)
 
 
 @st.composite
@@ -34,7 +34,9 @@ def costs_in_words(counts_PE, tokens_EP, costs, nodes_P, near_EP):
         "inside": (costs.copy_inside, costs.weights_inside),
         "between": (costs.copy_between, costs.weights_between),
     }
-    time_P = [0] * P
+    home_E = np.arange(E) * P // E
+    spills = any(tokens_EP[e, p] and p != home_E[e] for e, p in np.ndindex(E, P))
+    time_P = [costs.spill * spills] * P
     for rank in range(P):
         moved = {
             link: dict.fromkeys(("received", "sent", "borrowed", "lent"), 0) for link in prices

@@ -96,6 +96,7 @@ RATES = {
     "between_gbytes": 5.0,
     "expert_us": 0.5,
     "exposed": 0.25,
+    "spill_us": 2.5,
 }
 
 

@@ -92,7 +92,10 @@ def draw_case(rng) -> Case:
     return Case(
         np.stack(list(map(rng.multinomial, copies_P, popularity_PE))),
         config,
-        Costs(row, int(experts[0]), *copies.astype(int).tolist(), *map(int, experts[1:])),
+        Costs(
+            *(row, int(experts[0]), *copies.astype(int).tolist(), *map(int, experts[1:])),
+            spill=int(rng.choice([0, 0, 30, 3000]) * rng.random() * row),
+        ),
         draw_nodes(P, rng),
     )
 
@@ -277,7 +280,7 @@ def gaps_to_the_optimum(seed):
             case = Case(
                 parse(workload).counts_PE(P, draw),
                 config_of(capacity_factor=None),
-                H200.costs(shape.hidden_size, shape.ffn_size, draw.top_k, P, 2, 2),
+                prices(name, draw.top_k, P),
                 np.arange(P) * nodes // P,
             )
             bound, best = optimum(case.counts_PE, case.costs, case.nodes_P, tolerance=0.01)
@@ -287,13 +290,32 @@ def gaps_to_the_optimum(seed):
     return gaps, lines
 
 
+def test_a_spill_gains_more_than_it_costs_the_host(seed):
+    tried = 0
+    for case in draw_cases(seed, 100):
+        free = case._replace(costs=replace(case.costs, spill=0))
+        gain = free.time(free.at_home()) - free.planned_time()
+        for spill in (gain - 1, gain) if gain else ():
+            plan = case._replace(costs=replace(case.costs, spill=spill)).plan()
+            expected_EP = free.plan().tokens_EP if spill < gain else case.at_home()
+            np.testing.assert_array_equal(plan.tokens_EP, expected_EP)
+            tried += 1
+    assert tried > 50
+
+
+def prices(layer, top_k, num_ranks) -> Costs:
+    """Of a layer on H200s, where a spill as such costs nothing."""
+    shape = PRESETS[layer]
+    costs = H200.costs(shape.hidden_size, shape.ffn_size, top_k, num_ranks, 2, 2)
+    return replace(costs, spill=0)
+
+
 def few_experts(workload, seed=0, fewest=0) -> Case:
     """Eight experts on four ranks of two nodes."""
-    shape = PRESETS["qwen3-30b-a3b"]
     return Case(
         parse(workload).counts_PE(4, Draw(8, 2, 2048, 0, 0, 0, seed)),
         config_of(capacity_factor=None, min_tokens_per_gemm=fewest),
-        H200.costs(shape.hidden_size, shape.ffn_size, 2, 4, 2, 2),
+        prices("qwen3-30b-a3b", 2, 4),
         np.arange(4) // 2,
     )
 
@@ -319,7 +341,7 @@ def test_what_is_borrowed_in_return_is_not_too_little(workload, fewest):
 def test_all_replicate_where_none_alone_would_gain():
     """Each rank has one hot expert, which all use alike: one node, equal loads at home."""
     counts_PE = np.tile(np.where(np.arange(32) % 4 == 0, 4000, 300), (8, 1))
-    costs = H200.costs(2048, 768, 8, 8, 2, 2)
+    costs = prices("qwen3-30b-a3b", 8, 8)
     case = Case(counts_PE, config_of(capacity_factor=None), costs, np.zeros(8, dtype=int))
     plan = case.plan()
     assert case.planned_time() < 0.95 * case.time(case.at_home())

@@ -90,6 +90,8 @@ def test_the_slowest_rank_counts(pools, seed):
         assert found == {"inside_gbytes": pytest.approx(sent / 0.5 / 1e9)}
     for found, _ in pool.run(scripted, [1e-3, 4e-3], ["expert_us"], slowest):
         assert found == {"expert_us": pytest.approx(2 * 3e-3 / (32 - 8) * 1e6)}
+    for found, _ in pool.run(scripted, [1e-3], ["spill_us"], slowest):
+        assert found == {"spill_us": pytest.approx(2e3)}
 
 
 @pytest.mark.parametrize(

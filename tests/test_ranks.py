@@ -140,7 +140,7 @@ import ds_llep
 
 deepspeed.init_distributed(distributed_port=int(sys.argv[1]))
 seed, found = int(sys.argv[2]), {}
-cost = {"tflops": 0.001, "inside_gbytes": 50, "expert_us": 0.5}  # so slow that moves pay
+cost = {"tflops": 0.001, "inside_gbytes": 50, "expert_us": 0.5, "spill_us": 1}  # moves pay
 for name, section in (("theirs", None), ("ours", {"planner": "cost", "cost": cost})):
     config = engines.ds_config(stage=1, ep_size=2, llep=section)
     engine = engines.initialize(build("qwen3_moe", seed), config)

@@ -20,6 +20,7 @@ RATES = st.builds(
     between=st.integers(10**5, 10**13),
     expert=st.integers(1, 10**12),
     exposed=st.integers(0, 1000),
+    spill=st.integers(0, 10**12),
 )
 
 
@@ -38,7 +39,7 @@ def test_prices(rates, D, F, K, P, element_size, fetches):
     assert all(isinstance(price, int) for price in vars(costs).values())
     seconds = (6 + 12) * D * F / rates.flops  # three products forward, six backward
     assert costs.row == pytest.approx(seconds * 1e12, rel=1e-9, abs=1.0) and costs.row >= 1
-    assert costs.expert == rates.expert
+    assert costs.expert == rates.expert and costs.spill == rates.spill
     # A token's copies on a rank travel as one: parcels that one copy more adds, where choices are
     # spread evenly.
     T = 10**5
@@ -63,13 +64,14 @@ def test_prices_by_hand():
     assert costs.weights_inside == 56_623_104  # 3 * 9.437184e6 / 250e9 s, half of it exposed
     assert costs.weights_between == 314_572_800
     assert costs.expert == 10_000_000
+    assert costs.spill == 800_000_000
 
 
 @given(st.integers(1, 10**6), st.sampled_from([1, 8, 256]))
 def test_the_worst_rates_fit_into_64_bits(rows, num_ranks):
     """Of a large model, all rows of a rank at once."""
     given = dict.fromkeys(("tflops", "inside_gbytes", "between_gbytes"), LEAST_RATE)
-    worst = Rates.of({**given, "expert_us": 1e6, "exposed": 1.0})
+    worst = Rates.of({**given, "expert_us": 1e6, "exposed": 1.0, "spill_us": 1e6})
     costs = worst.costs(7168, 2048, 8, num_ranks, 4, 2)
     assert rows * costs.row + 256 * costs.expert < 2**62
     assert rows * costs.copy_between < 2**61 and 256 * costs.weights_between < 2**61
@@ -97,6 +99,7 @@ MEASURED = {
     "between_gbytes": 8.9,
     "expert_us": 12.5,
     "exposed": 0.625,
+    "spill_us": 345.5,
 }
 
 
@@ -138,12 +141,13 @@ def test_given_is_neither_read_nor_measured(pools, tmp_path):
     expected = {**MEASURED, "inside_gbytes": 50.5, **given}
     for result in pools(4).run(find, str(tmp_path), False, given):
         assert result["rates"] == Rates.of(expected)
-        assert result["asked"] == [["between_gbytes", "expert_us"]]
+        assert result["asked"] == [["between_gbytes", "expert_us", "spill_us"]]
         assert result["said"] == (
-            f"between_gbytes, expert_us measured; inside_gbytes from {path}; tflops, exposed given"
+            f"between_gbytes, expert_us, spill_us measured; inside_gbytes from {path}; "
+            "tflops, exposed given"
         )
     # The file gets what was measured, not what was given.
-    kept = {key: MEASURED[key] for key in ("between_gbytes", "expert_us")}
+    kept = {key: MEASURED[key] for key in ("between_gbytes", "expert_us", "spill_us")}
     assert json.loads(path.read_text()) == {"inside_gbytes": 50.5, "exposed": 0.75, **kept}
 
 
