@@ -116,7 +116,7 @@ H200 = Rates.of(
         "between_gbytes": 45,
         "expert_us": 10,
         "exposed": 0.5,
-        "spill_us": 800,
+        "spill_us": 860,
     }
 )
 

@@ -145,19 +145,12 @@ static void settle(Search *s, i64 e, int32_t node, int in_order) {
     }
 }
 
-/* Let rank `b` compute q tokens of an expert that rank `a` did. */
-static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
-    s->shifts--;
+/* Let rank `b` compute q tokens of an expert that rank `a` did; what stays in nodes is open. */
+static void move(Search *s, i64 e, i64 a, i64 b, i64 q) {
     i64 home = s->home[e], at = e * s->P;
-    if (s->nodes == 1) {
-        book_rank(s, e, a, -q);
-        book_rank(s, e, b, q);
-    } else {
-        book_rank_of_node(s, e, a, -q);
-        book_rank_of_node(s, e, b, q);
-        settle(s, e, s->node[a], 0);
-        if (s->node[a] != s->node[b]) settle(s, e, s->node[b], 0);
-    }
+    void (*book_one)(Search *, i64, i64, i64) = s->nodes > 1 ? book_rank_of_node : book_rank;
+    book_one(s, e, a, -q);
+    book_one(s, e, b, q);
     if (b != home && !s->takes[at + b]) {
         int k = kind(s, home, b);
         s->takes[at + b] = 1, s->lent[k][home]++, s->borrowed[k][b]++;
@@ -176,6 +169,15 @@ static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
     }
 }
 
+/* Let rank `b` compute q tokens of an expert that rank `a` did. */
+static void shift(Search *s, i64 e, i64 a, i64 b, i64 q) {
+    s->shifts--;
+    move(s, e, a, b, q);
+    if (s->nodes == 1) return;
+    settle(s, e, s->node[a], 0);
+    if (s->node[a] != s->node[b]) settle(s, e, s->node[b], 0);
+}
+
 /* Write down what a shift of an expert may change beside its tokens. */
 static void remember(const Search *s, i64 e, i64 *near) {
     if (s->nodes > 1) memcpy(near, s->near + e * s->P, s->P * sizeof(i64));
@@ -183,7 +185,8 @@ static void remember(const Search *s, i64 e, i64 *near) {
 
 /* Take a shift from rank `a` to rank `b` back. */
 static void unshift(Search *s, i64 e, i64 a, i64 b, i64 q, const i64 *near) {
-    shift(s, e, b, a, q);
+    s->shifts--;
+    move(s, e, b, a, q);
     for (int i = 0; i < 2 && s->nodes > 1; i++) {
         int32_t node = s->node[i ? b : a];
         for (i64 r = s->first[node]; r < s->first[node + 1]; r++) {

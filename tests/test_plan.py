@@ -599,7 +599,7 @@ def test_benchmark_prints_a_row_for_each_planner(capsys):
     from ds_llep.bench.plan import main
 
     workloads = ["balanced", "95:1"]
-    options = ["--tokens", "512", "--repeats", "1", "--ranks-per-node", "2", "--layers", "2"]
+    options = ["--tokens", "8192", "--repeats", "1", "--ranks-per-node", "2", "--layers", "2"]
     main([*options, "--ranks", "2", "4", "--workloads", *workloads])
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     rows = [[cell.strip() for cell in row] for row in rows]

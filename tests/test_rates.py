@@ -64,7 +64,7 @@ def test_prices_by_hand():
     assert costs.weights_inside == 56_623_104  # 3 * 9.437184e6 / 250e9 s, half of it exposed
     assert costs.weights_between == 314_572_800
     assert costs.expert == 10_000_000
-    assert costs.spill == 800_000_000
+    assert costs.spill == 860_000_000
 
 
 @given(st.integers(1, 10**6), st.sampled_from([1, 8, 256]))
