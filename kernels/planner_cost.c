@@ -8,8 +8,8 @@
  * aims at a target time, on both ends, so that most ranks are settled by one. Where nobody can
  * relieve the slowest rank within the target, the target is raised, a third of the way. What is
  * found depends on the first target, so several are tried, each nearer to the best time found so
- * far. At last, each transfer of the best plan's slowest rank is tried without, and starts from home
- * where nodes borrow first.
+ * far. Then each transfer of the best plan's slowest rank is tried without, and at last some starts
+ * from home in other ways.
  *
  * Integers, and two IEEE doubles as in Python: every rank finds the same plan. No recursion, memory
  * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone
@@ -214,6 +214,7 @@ static int relieve_lending(Search *s, i64 g, i64 target, int overfill) {
                 i64 left = lefts[of_home], heavy = s->time[g] + (g == home ? weights : 0);
                 i64 has = s->tokens[at + g] - (g == home ? 0 : s->min_tokens);
                 i64 cap = least(wants[g != home], has);
+                if (s->keep_own) cap = least(cap, most(s->tokens[at + g] - s->own[at + g], 0));
                 i64 rest = most(heavy - cap * relief, target);
                 /* Few are worth a closer look: most would not be taken even if they fit. */
                 if (found == TRIES && rest > best[TRIES - 1].left) continue;
@@ -346,8 +347,8 @@ static int relieve_between(Search *s, i64 g, i64 target) {
             Loan loan = find_loan(s, s->computed[i], g, node, target);
             if (loan.tokens) found = keep_loan(best, found, loan);
         }
-    /* By less than a tenth of a transfer, too many would be made. */
-    i64 above = excess(s, target) - (s->costs.expert + s->costs.weights[BETWEEN]) / 10;
+    /* By less than a twentieth of a transfer, too many would be made. */
+    i64 above = excess(s, target) - (s->costs.expert + s->costs.weights[BETWEEN]) / 20;
     for (int i = 0; i < found; i++) {
         i64 e = best[i].expert, at = e * s->P, q = best[i].tokens, h = -1, lowest = NO_LIMIT;
         for (i64 r = s->first[best[i].node]; r < s->first[best[i].node + 1]; r++) {
@@ -587,15 +588,21 @@ static i64 reconsider(Search *s, Saved *found, i64 best, i64 bound) {
     return best;
 }
 
-/* With several nodes, search once more from home, for plans where nodes borrow first: these differ.
+/* Search once more from home in other ways, which find other plans: with several nodes these borrow
+ * first; then a rank at first lends no tokens that are its own, so that it need not send them.
  * Returns the best time. */
-static i64 borrow_first(Search *s, const Saved *at_home, Saved *found, i64 best, i64 mean,
-                        i64 bound) {
-    for (int i = 0; i < 3 && s->nodes > 1 && s->shifts > 0; i++) {
-        restore(s, at_home);
-        search(s, i ? best - (best - bound) / (2 << i) : mean, best, 1, FIRST);
-        if (keep(s, found, &best)) best = reconsider(s, found, best, bound), i = 0;
-    }
+static i64 start_otherwise(Search *s, const Saved *at_home, Saved *found, i64 best, i64 mean,
+                           i64 bound) {
+    for (int keep_own = s->nodes == 1; keep_own < 2; keep_own++)
+        for (int i = 0; i < 3 && s->shifts > 0; i++) {
+            i64 target = i ? best - (best - bound) / (2 << i) : mean;
+            restore(s, at_home);
+            s->keep_own = keep_own;
+            search(s, target, best, 1, keep_own ? LAST : FIRST);
+            s->keep_own = 0;
+            if (keep_own) search(s, target, best, 1, LAST);
+            if (keep(s, found, &best)) best = reconsider(s, found, best, bound), i = 0;
+        }
     return best;
 }
 
@@ -683,7 +690,7 @@ i64 plan_cost(i64 P, i64 E, const i64 *counts_PE, const i64 *nodes_P, const i64 
         if (s.time[slowest(&s)] < best) best = s.time[slowest(&s)], save(&s, &found);
         best = improve(&s, &at_home, &found, best, sum, bound);
         if (found.count) best = reconsider(&s, &found, best, bound);
-        best = borrow_first(&s, &at_home, &found, best, sum, bound);
+        best = start_otherwise(&s, &at_home, &found, best, sum, bound);
     }
     if (found.count && best + s.costs.spill >= times[0]) found.count = 0;
     times[1] = found.count ? best + s.costs.spill : times[0];

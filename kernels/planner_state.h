@@ -28,6 +28,7 @@ typedef struct {
 
 typedef struct {
     i64 P, E, M, nodes, min_tokens, max_foreign, max_rows, shifts;
+    int keep_own; /* a rank lends no tokens that are its own */
     Costs costs;
     /* Ranks are numbered by node here. */
     int32_t *number, *rank; /* [P] of each rank, and which rank that is */
