@@ -44,7 +44,7 @@ def draw_nodes(P, rng):
 
 
 def draw_near(counts_PE, tokens_EP, nodes_P, rng):
-    """[E, P]: of what ranks send of an expert, or get, as much as can stays in nodes, of any ranks."""
+    """[E, P]: as much as can of what ranks send or get of an expert stays in nodes: any ranks'."""
     near_EP = np.zeros_like(tokens_EP)
     for e, more_P in enumerate(tokens_EP - counts_PE.T):
         for node in set(nodes_P.tolist()):

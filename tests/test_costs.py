@@ -12,7 +12,7 @@ PRICES = st.builds(Costs, *[st.sampled_from([0, 1, 7]) | st.integers(0, 10**9)] 
 
 @st.composite
 def plans(draw):
-    """(counts_PE, tokens_EP, nodes_P, near_EP): any assignment, in part or wholly away from home."""
+    """(counts_PE, tokens_EP, nodes_P, near_EP): any assignment, wholly or partly away from home."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     P = draw(st.integers(1, 7))
     E = P * draw(st.integers(1, 4))
