@@ -420,32 +420,40 @@ static void replicate_on(Search *s, i64 e, int32_t node, i64 target) {
     }
 }
 
-/* Let ranks take tokens that are on them, or on their nodes, where the copies that this spares are
- * worth the transfer; the largest experts first. */
+/* Let ranks take tokens of an expert that are on them, where the copies that this spares are worth
+ * the transfer. */
+static void replicate_on_ranks(Search *s, i64 e, i64 target) {
+    i64 home = s->home[e], at = e * s->P;
+    int may_pay = 0;
+    for (int k = 0; k < KINDS; k++) {
+        i64 price = s->costs.expert + lending(s, home, k) / 2;
+        may_pay |= s->most_own[e] * s->costs.copy[k] >= price;
+    }
+    for (i64 h = 0; may_pay && h < s->P; h++) {
+        int k = kind(s, home, h);
+        i64 q = least(s->own[at + h], s->tokens[at + home]), n = at + s->node[h];
+        i64 price = s->costs.expert + (lending(s, home, k) + borrowing(s, h, k)) / 2;
+        if (k == BETWEEN) q = least(q, s->of_node[n] - s->on_node[n]);
+        if (q < s->min_tokens || q * s->costs.copy[k] < price) continue;
+        if (h == home || s->takes[at + h] || num_foreign(s, h) >= s->max_foreign) continue;
+        q = room(s, e, h, left_for(s, h, target, k), q);
+        if (q >= s->min_tokens && q * s->costs.copy[k] >= price) shift(s, e, home, h, q);
+    }
+}
+
+/* Let ranks take tokens that are on their nodes, then those that are on them, where it pays; the
+ * largest experts first. */
 static void replicate(Search *s, i64 target) {
     i64 copy = most(s->costs.copy[INSIDE], s->costs.copy[BETWEEN]);
     i64 full = s->costs.expert + least(s->costs.weights[INSIDE], s->costs.weights[BETWEEN]);
-    for (i64 i = 0; i < s->E; i++) {
-        i64 e = s->by_load[i], home = s->home[e], at = e * s->P;
-        if (!s->num_shared && s->load[e] * copy < full) break; /* the first adds to both ends */
-        for (int32_t node = 0; node < s->nodes; node++)
-            if (node != s->node[home]) replicate_on(s, e, node, target);
-        int may_pay = 0;
-        for (int k = 0; k < KINDS; k++) {
-            i64 price = s->costs.expert + lending(s, home, k) / 2;
-            may_pay |= s->most_own[e] * s->costs.copy[k] >= price;
+    for (int on_ranks = s->nodes == 1; on_ranks < 2; on_ranks++)
+        for (i64 i = 0; i < s->E; i++) {
+            i64 e = s->by_load[i];
+            if (!s->num_shared && s->load[e] * copy < full) break; /* the first adds to both ends */
+            for (int32_t node = 0; node < s->nodes && !on_ranks; node++)
+                if (node != s->node[s->home[e]]) replicate_on(s, e, node, target);
+            if (on_ranks) replicate_on_ranks(s, e, target);
         }
-        for (i64 h = 0; may_pay && h < s->P; h++) {
-            int k = kind(s, home, h);
-            i64 q = least(s->own[at + h], s->tokens[at + home]), n = at + s->node[h];
-            i64 price = s->costs.expert + (lending(s, home, k) + borrowing(s, h, k)) / 2;
-            if (k == BETWEEN) q = least(q, s->of_node[n] - s->on_node[n]);
-            if (q < s->min_tokens || q * s->costs.copy[k] < price) continue;
-            if (h == home || s->takes[at + h] || num_foreign(s, h) >= s->max_foreign) continue;
-            q = room(s, e, h, left_for(s, h, target, k), q);
-            if (q >= s->min_tokens && q * s->costs.copy[k] >= price) shift(s, e, home, h, q);
-        }
-    }
 }
 
 /* Relieve the slowest rank until nothing does. overfill: helpers may be filled beyond the target.
