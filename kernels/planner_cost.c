@@ -8,8 +8,8 @@
  * aims at a target time, on both ends, so that most ranks are settled by one. Where nobody can
  * relieve the slowest rank within the target, the target is raised, a third of the way. What is
  * found depends on the first target, so several are tried, each nearer to the best time found so
- * far. Then each transfer of the best plan's slowest rank is tried without, and at last some starts
- * from home in other ways.
+ * far. Then each transfer of the best plan's slowest rank is tried without, and at last, with several
+ * nodes, some starts from home in other ways.
  *
  * Integers, and two IEEE doubles as in Python: every rank finds the same plan. No recursion, memory
  * of a few [E, P] arrays. Every layer waits for it, so what is known is kept: a plan that is gone
@@ -596,12 +596,12 @@ static i64 reconsider(Search *s, Saved *found, i64 best, i64 bound) {
     return best;
 }
 
-/* Search once more from home in other ways, which find other plans: with several nodes these borrow
+/* With several nodes, search once more from home in other ways, which find other plans: nodes borrow
  * first; then a rank at first lends no tokens that are its own, so that it need not send them.
  * Returns the best time. */
 static i64 start_otherwise(Search *s, const Saved *at_home, Saved *found, i64 best, i64 mean,
                            i64 bound) {
-    for (int keep_own = s->nodes == 1; keep_own < 2; keep_own++)
+    for (int keep_own = 0; keep_own < 2 && s->nodes > 1; keep_own++)
         for (int i = 0; i < 3 && s->shifts > 0; i++) {
             i64 target = i ? best - (best - bound) / (2 << i) : mean;
             restore(s, at_home);
@@ -659,9 +659,9 @@ static void write(const Search *s, const Saved *found, i64 *tokens_EP, i64 *near
 
 /* The plan.
  *
- * nodes_P: any numbers. costs: row, expert, copy inside and between, weights inside and between, spill.
- * limits: fewest tokens of a spill, most foreign experts of a rank, most tokens of all that the
- * prices allow for. factor: most rows of a rank that helps, relative to the mean; infinite: any
+ * nodes_P: any numbers. costs: row, expert, copy inside and between, weights inside and between,
+ * spill. limits: fewest tokens of a spill, most foreign experts of a rank, most tokens of all that
+ * the prices allow for. factor: most rows of a rank that helps, relative to the mean; infinite: any
  * number. threshold: the load ratio below which nothing spills. tokens_EP and near_EP are zeros and
  * get the plan, times the slowest rank's time without and with it.
  *
