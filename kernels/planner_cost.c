@@ -23,7 +23,7 @@
 /* Helpers of each kind to choose from, shifts to try, experts to borrow to choose from. */
 enum { CANDIDATES = 2, TRIES = 3, EXPERTS = 2 };
 enum { NO_MEMORY = -1, TOO_MANY = -2 };
-enum { SHIFTS = 2000, SHIFTS_OF_NODES = 1100 }; /* of a whole search: about half a millisecond */
+enum { SHIFTS = 2000, SHIFTS_OF_NODES = 1100 }; /* of a whole search: half a millisecond or more */
 
 /* Where a search starts: all at home; experts replicated where that spares more than the transfer,
  * or so and within the target; the best plan so far. */
@@ -293,11 +293,11 @@ static i64 find_source(const Search *s, i64 e, int32_t node) {
 
 typedef struct {
     i64 expert, from, node, tokens;
-    i64 later, change; /* by how much `from` and all ranks together are then slower than a target */
+    i64 later, change; /* by how much `from`, and all ranks together, then get slower: an estimate */
 } Loan;
 
-/* The tokens of an expert that a node sends to rank `from` of another node, to be computed there
- * instead: none if they are too few. */
+/* What a node may compute by itself of the tokens of an expert that it sends to rank `from` of
+ * another node: none if they are too few. */
 static Loan find_loan(const Search *s, i64 e, i64 from, i64 node, i64 target) {
     i64 at = e * s->P, home = s->home[e], q = s->of_node[at + node] - s->on_node[at + node];
     if (q <= 0) return (Loan){0};
