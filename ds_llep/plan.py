@@ -49,7 +49,8 @@ class Plan:
     nodes_P: np.ndarray | None = None
     """int64 [P]: the node of each rank, and tokens are cut locally; None: by source (cut.py)."""
     near_EP: np.ndarray | None = None
-    """int64 [E, P]: for the local cut, what each rank sends or gets that stays in its node."""
+    """int64 [E, P]: for the local cut, of the tokens of a spilled expert that a rank sends away, or
+    gets from others, those that stay in its node; None: as many as can of the first ranks."""
 
     def __post_init__(self):
         for name in ("counts_PE", "tokens_EP", "nodes_P", "near_EP"):

@@ -371,7 +371,8 @@ static int too_many(const Search *s, i64 r) {
     return num_foreign(s, r) && s->rows[r] > s->max_rows;
 }
 
-/* No more than what the home of an expert needs longer where rank h no longer helps. */
+/* What the home of an expert at least needs longer where rank h no longer helps: an estimate, as
+ * it leaves out whose tokens then stay on the node. */
 static i64 longer_without(const Search *s, i64 e, i64 h) {
     i64 home = s->home[e], at = e * s->P, q = s->tokens[at + h];
     i64 sent = most(s->own[at + home] - s->tokens[at + home], 0);
@@ -644,8 +645,8 @@ static i64 *allocate(Search *s, Saved *at_home, Saved *found) {
     return memory;
 }
 
-/* Write down what each rank computes of each expert, and, of what it then sends or gets, what stays
- * in its node, where the expert is shared and there are several nodes. */
+/* Write down what each rank computes of each expert, and, of what it then sends or gets of one that
+ * is shared, what stays in its node. */
 static void write(const Search *s, const Saved *found, i64 *tokens_EP, i64 *near_EP) {
     i64 P = s->P;
     for (i64 e = 0; e < s->E; e++) tokens_EP[e * P + s->rank[s->home[e]]] = s->load[e];
@@ -653,7 +654,11 @@ static void write(const Search *s, const Saved *found, i64 *tokens_EP, i64 *near
         i64 e = found->spills[i].expert, at = e * P, tokens = found->spills[i].tokens;
         tokens_EP[at + s->rank[s->home[e]]] -= tokens;
         tokens_EP[at + s->rank[found->spills[i].helper]] = tokens;
-        for (i64 r = 0; r < P && s->nodes > 1; r++) near_EP[at + s->rank[r]] = found->near[at + r];
+        if (i + 1 < found->count && found->spills[i + 1].expert == e) continue;
+        for (i64 r = 0; r < P; r++) {
+            i64 kept = s->own[at + r] - tokens_EP[at + s->rank[r]];
+            near_EP[at + s->rank[r]] = s->nodes > 1 ? found->near[at + r] : most(kept, -kept);
+        }
     }
 }
 
