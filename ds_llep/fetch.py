@@ -241,13 +241,12 @@ class ForeignWeights:
     def _pack(self, experts: Sequence[int]) -> torch.Tensor:
         """Bundles ``[n, numel]`` of home experts, by their local numbers."""
         packed = self._like.new_empty((len(experts), self.layout.numel))
-        places = enumerate(experts)
-        for _, run in groupby(places, lambda pair: pair[1] - pair[0]):  # side by side at home
-            run = list(run)
-            (at, first), count = run[0], len(run)
-            for matrices, weight in zip(self.layout.views(packed), self._weights, strict=True):
-                source = on_device(weight.detach()[first : first + count], self._like)
-                matrices[at : at + count].copy_(source)
+        targets, sources = [], []
+        for matrices, weight in zip(self.layout.views(packed), self._weights, strict=True):
+            weight = weight.detach()
+            targets += matrices.unbind()
+            sources += [on_device(weight[expert], self._like) for expert in experts]
+        torch._foreach_copy_(targets, sources)  # one launch for all
         return packed
 
     def _pieces(self, missing: dict[int, list[tuple[int, int]]]) -> list[dist.P2POp]:

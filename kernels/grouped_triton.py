@@ -15,19 +15,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .grouped_triton_rows import (
-    _gate_up_kernel,
-    _product_kernel,
-    can_pair,
-    clipped,
-    pair,
-    plain,
-    row_tiles,
-)
-from .grouped_triton_wgrad import WorkTables, _wgrad_kernel, add_parts, scheduled
+from .grouped_triton_rows import _gate_up_kernel, _product_kernel, can_add, can_pair
+from .grouped_triton_wgrad import _wgrad_kernel, add_parts
+from .grouped_work import Work, row_tiles, schedule
 
+_DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
 _INTERPRETED_PROGRAMS = 7
 
@@ -53,14 +46,14 @@ several by row counts, as each would be compiled in the middle of training."""
 
 def supported(*operands: torch.Tensor) -> bool:
     """Whether these kernels take such operands."""
-    return all(
-        operand.dtype in (torch.bfloat16, torch.float16)
-        and operand.stride(-1) == 1
-        and operand.data_ptr() % _ALIGNMENT_BYTES == 0
-        and all(s * operand.element_size() % _ALIGNMENT_BYTES == 0 for s in operand.stride()[:-1])
-        and operand.shape[-1] * operand.element_size() % _ALIGNMENT_BYTES == 0
-        for operand in operands
-    )
+    for operand in operands:  # every product asks: plain code takes the host half as long
+        *strides, last_stride = operand.stride()
+        sizes = operand.data_ptr(), 2 * operand.shape[-1], *[2 * stride for stride in strides]
+        if operand.dtype not in _DTYPES or last_stride != 1:
+            return False
+        if any([size % _ALIGNMENT_BYTES for size in sizes]):
+            return False
+    return True
 
 
 def can_store(columns: int, dtype: torch.dtype) -> bool:
@@ -93,13 +86,13 @@ def gate_up(
         return tuple(results)
     columns = tiling.block_n // 2
     tiles = row_tiles(counts, tiling.block_m, rows_ND.device)
-    matrices, swapped = pair(w1_GFD, w3_GFD, (1, columns, tiling.block_k))
-    targets = [clipped(x, (tiling.block_m, columns)) for x in results]
-    column_tiles = triton.cdiv(F, columns)
-    _gate_up_kernel[_grid(len(tiles) * column_tiles, rows_ND.device)](
-        plain(rows_ND, (tiling.block_m, tiling.block_k)),
-        *(matrices, *(reversed(targets) if swapped else targets), tiles),
-        *(len(tiles), column_tiles, triton.cdiv(D, tiling.block_k)),
+    # Which matrix comes first in memory is the first of the pair.
+    distance = w3_GFD.data_ptr() - w1_GFD.data_ptr()
+    first, *targets = (w1_GFD, *results) if distance > 0 else (w3_GFD, *reversed(results))
+    triton.set_allocator(_scratch)
+    _gate_up_kernel[_grid(len(tiles) * triton.cdiv(F, columns), rows_ND.device)](
+        *(rows_ND, first, *targets, tiles, len(tiles), len(counts), N, D, F),
+        *(rows_ND.stride(0), abs(distance) // w1_GFD.element_size(), *w1_GFD.stride()[:2]),
         **_meta(tiling, BLOCK_N=columns),
     )
     return tuple(results)
@@ -127,14 +120,15 @@ def dgrad(
     """`grad_gate @ w1 + grad_up @ w3` for each group, summed in fp32 and rounded once.
 
     Args:
-        grad_gate_NF, grad_up_NF: [N, F], group after group.
-        w1_GFD, w3_GFD: [G, F, D]; the group stride may be anything.
+        grad_gate_NF, grad_up_NF: [N, F], group after group, one layout.
+        w1_GFD, w3_GFD: [G, F, D], one layout (`can_add`); the group stride may be anything.
         counts: rows of each group; their sum is N.
         tiling: how it is cut.
 
     Returns:
         [N, D].
     """
+    assert can_add((grad_gate_NF, grad_up_NF), (w1_GFD, w3_GFD))
     return _product([grad_gate_NF, grad_up_NF], [w1_GFD, w3_GFD], counts, False, tiling)
 
 
@@ -145,14 +139,10 @@ def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.T
     if N == 0:
         return out
     tiles = row_tiles(counts, tiling.block_m, out.device)
-    right = (tiling.block_n, tiling.block_k) if transpose else (tiling.block_k, tiling.block_n)
-    lefts = [plain(x, (tiling.block_m, tiling.block_k)) for x in rows]
-    rights = [plain(x, (1, *right)) for x in matrices]
-    column_tiles = triton.cdiv(columns, tiling.block_n)
-    _product_kernel[_grid(len(tiles) * column_tiles, out.device)](
-        *(lefts[0], lefts[-1], rights[0], rights[-1]),
-        *(clipped(out, (tiling.block_m, tiling.block_n // 2)), tiles),
-        *(len(tiles), column_tiles, triton.cdiv(K, tiling.block_k)),
+    triton.set_allocator(_scratch)
+    _product_kernel[_grid(len(tiles) * triton.cdiv(columns, tiling.block_n), out.device)](
+        *(rows[0], rows[-1], matrices[0], matrices[-1], out, tiles),
+        *(len(tiles), len(counts), N, K, columns, rows[0].stride(0), *matrices[0].stride()[:2]),
         TRANSPOSE=transpose,
         SUM_OF_TWO=len(rows) == 2,
         **_meta(tiling),
@@ -189,27 +179,36 @@ def wgrad(
         return out.zero_()
     block_m, block_n, block_k = tiling[:3]
     device, programs = rows_ND.device, _programs(rows_ND.device)
-    row_tiles_, column_tiles = triton.cdiv(F, block_m), triton.cdiv(D, block_n)
-    tiles = (row_tiles_, column_tiles)
-    whole, cut = scheduled(counts, row_tiles_ * column_tiles, block_k, programs, device)
-    operands = clipped(grad_NF, (block_k, block_m)), clipped(rows_ND, (block_k, block_n))
+    tiles = triton.cdiv(F, block_m) * triton.cdiv(D, block_n)
+    whole, cut = schedule(counts, tiles, block_k, programs, device)
 
-    def launch(work: WorkTables, target: TensorDescriptor, in_parts: bool) -> None:
-        grid = (len(work.starts) - 1,) if beside else _grid(work.num_items, device)
-        _wgrad_kernel[grid](
-            *(*operands, target, work.segment_of_item, work.segments, work.starts),
-            *(work.num_items, *tiles, int(beside)),
+    def launch(work: Work, target: torch.Tensor, in_parts: bool) -> None:
+        hands = work.num_hands if beside else work.num_items
+        triton.set_allocator(_scratch)
+        _wgrad_kernel[_grid(hands, device)](
+            *(grad_NF, rows_ND, target),
+            *(work.segment_of_item, work.segments, work.starts, work.queue),
+            *(work.num_items, hands, int(beside), F, D, grad_NF.stride(0), rows_ND.stride(0)),
+            *(len(target), *target.stride()[:2]),
             PARTS=in_parts,
             **_meta(tiling),
         )
 
     if whole.num_items:
-        launch(whole, plain(out, (1, block_m, tiling.block_n // 2)), in_parts=False)
+        launch(whole, out, in_parts=False)
     if cut.num_items:
         parts = torch.empty((cut.num_items, block_m, block_n), dtype=torch.float32, device=device)
-        launch(cut, plain(parts, (1, block_m, block_n // 4)), in_parts=True)
-        add_parts(parts, out, cut, tiles, tiling.band)
+        launch(cut, parts, in_parts=True)
+        add_parts(parts, out, cut, tiling.band)
     return out
+
+
+def _scratch(num_bytes: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Where programs keep the descriptors that they make.
+
+    Set at each launch: Triton keeps an allocator for each thread, and autograd has its own.
+    """
+    return torch.empty(num_bytes, dtype=torch.int8, device="cuda")
 
 
 def _meta(tiling: Tiling, **changes: int) -> dict[str, int]:

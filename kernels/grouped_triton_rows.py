@@ -4,7 +4,8 @@ One program for each multiprocessor walks over tiles of the result. The host lay
 it knows the row counts: a table names group, first row and end of each tile of rows, so that no
 program searches. Operands arrive through tensor descriptors, which on Hopper are bulk copies
 (elsewhere the compiler turns them into plain loads); where a tile reaches beyond its group it reads
-its neighbour's rows, which cost time and are not stored.
+its neighbour's rows, which cost time and are not stored. Each program makes the descriptors for
+itself: made by the host they cost it three times what the rest of a launch does.
 
 Two tensors of one shape can be read as one: the distance between their addresses is a stride like
 any other. So a single copy brings the same tile of two matrices, and a single wide product makes
@@ -17,19 +18,55 @@ Shape letters: G groups, N rows, D and F widths. No function of Triton's own lib
 `rows.py` says why.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tables import remember, to_device
-
-_WRAP = 2**30  # rows that a clipped descriptor spans; 2**34 times as many bytes are 0 mod 2**64
-_MOST = 2**31 - 2**16
 _STRIDE_BYTES = 2**40  # strides of a descriptor are less than this
+
+
+@triton.jit
+def _plain(ptr, num_rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A descriptor of a matrix; what lies outside reads as zero."""
+    return tl.make_tensor_descriptor(ptr, [num_rows, columns], [stride, 1], [ROWS, COLUMNS])
+
+
+@triton.jit
+def _stacked(
+    ptr, num, num_rows, columns, stride, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A descriptor of `num` matrices, to access a block of one."""
+    return tl.make_tensor_descriptor(
+        ptr, [num, num_rows, columns], [stride, row_stride, 1], [1, ROWS, COLUMNS]
+    )
+
+
+@triton.jit
+def _clipped(ptr, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A descriptor of a matrix with which an access names the row where it ends, as `stop`.
+
+    Its indices are (2**30, stop, 2**30 - stop + row, column): the third is out of range from the
+    row `stop` on, and the first two make up for what was added to it. Addresses are computed modulo
+    2**64, so 2**30 steps of 2**34 elements less a row are 2**30 rows backwards; 2**34 times as many
+    bytes are 0 modulo 2**64.
+    """
+    most: tl.constexpr = 2147418112  # 2**31 - 2**16
+    wrap: tl.constexpr = 1073741824
+    backwards = 17179869184 - stride.to(tl.int64)
+    return tl.make_tensor_descriptor(
+        ptr,
+        [most, most, wrap, columns],
+        [backwards, stride, stride, 1],
+        [1, 1, ROWS, COLUMNS],
+    )
+
+
+@triton.jit
+def _store_clipped(target, value, row, stop, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store rows `row`, `row + 1`, ... as far as they lie before `stop`; see `_clipped`."""
+    wrap: tl.constexpr = 1073741824
+    value = value.to(target.dtype).reshape([1, 1, ROWS, COLUMNS])
+    target.store([wrap, stop, wrap - stop + row, column], value)
 
 
 @triton.jit
@@ -43,26 +80,28 @@ def _tile_at(tile, num_rows, num_columns, BAND: tl.constexpr):
     return band * BAND + within % height, within // height
 
 
-@triton.jit
-def _store_clipped(target, value, row, stop, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store rows `row`, `row + 1`, ... as far as they lie before `stop`; see `clipped`."""
-    wrap: tl.constexpr = 1073741824
-    value = value.to(target.dtype).reshape([1, 1, ROWS, COLUMNS])
-    target.store([wrap, stop, wrap - stop + row, column], value)
-
-
-# The counts are other numbers at nearly every call: specialising would only compile anew.
-@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps"])
+# Specialising on numbers, many of which are others at every call, would compile anew for each.
+@triton.jit(
+    do_not_specialize=[
+        *("num_row_tiles", "num_groups", "num_rows", "depth", "columns"),
+        *("row_stride", "group_stride", "matrix_stride"),
+    ]
+)
 def _product_kernel(
-    rows,
-    more_rows,
-    matrices,
-    more_matrices,
-    out,
+    rows_ptr,
+    more_rows_ptr,
+    matrices_ptr,
+    more_matrices_ptr,
+    out_ptr,
     tiles_ptr,
     num_row_tiles,
-    num_column_tiles,
-    steps,
+    num_groups,
+    num_rows,
+    depth,
+    columns,
+    row_stride,
+    group_stride,
+    matrix_stride,
     TRANSPOSE: tl.constexpr,
     SUM_OF_TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -70,8 +109,24 @@ def _product_kernel(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    tl.assume(steps > 0)
     half: tl.constexpr = BLOCK_N // 2
+    height: tl.constexpr = BLOCK_N if TRANSPOSE else BLOCK_K
+    width: tl.constexpr = BLOCK_K if TRANSPOSE else BLOCK_N
+    matrix_height = columns if TRANSPOSE else depth
+    matrix_width = depth if TRANSPOSE else columns
+    rows = _plain(rows_ptr, num_rows, depth, row_stride, BLOCK_M, BLOCK_K)
+    more_rows = rows
+    if SUM_OF_TWO:
+        more_rows = _plain(more_rows_ptr, num_rows, depth, row_stride, BLOCK_M, BLOCK_K)
+    size = num_groups, matrix_height, matrix_width, group_stride, matrix_stride
+    matrices = _stacked(matrices_ptr, *size, height, width)
+    more_matrices = matrices
+    if SUM_OF_TWO:
+        more_matrices = _stacked(more_matrices_ptr, *size, height, width)
+    out = _clipped(out_ptr, columns, columns, BLOCK_M, half)
+    num_column_tiles = (columns + BLOCK_N - 1) // BLOCK_N
+    steps = (depth + BLOCK_K - 1) // BLOCK_K
+    tl.assume(steps > 0)
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = _tile_at(tile, num_row_tiles, num_column_tiles, BAND)
@@ -101,21 +156,43 @@ def _product_kernel(
         _store_clipped(out, second, row, stop, column + half, BLOCK_M, half)
 
 
-@triton.jit(do_not_specialize=["num_row_tiles", "num_column_tiles", "steps"])
+@triton.jit(
+    do_not_specialize=[
+        *("num_row_tiles", "num_groups", "num_rows", "depth", "columns"),
+        *("row_stride", "distance", "group_stride", "matrix_stride"),
+    ]
+)
 def _gate_up_kernel(
-    rows,
-    matrices,
-    first_out,
-    second_out,
+    rows_ptr,
+    matrices_ptr,
+    first_out_ptr,
+    second_out_ptr,
     tiles_ptr,
     num_row_tiles,
-    num_column_tiles,
-    steps,
+    num_groups,
+    num_rows,
+    depth,
+    columns,
+    row_stride,
+    distance: tl.int64,
+    group_stride,
+    matrix_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
+    rows = _plain(rows_ptr, num_rows, depth, row_stride, BLOCK_M, BLOCK_K)
+    matrices = tl.make_tensor_descriptor(
+        matrices_ptr,
+        [2, num_groups, columns, depth],
+        [distance, group_stride, matrix_stride, 1],
+        [2, 1, BLOCK_N, BLOCK_K],
+    )
+    first_out = _clipped(first_out_ptr, columns, columns, BLOCK_M, BLOCK_N)
+    second_out = _clipped(second_out_ptr, columns, columns, BLOCK_M, BLOCK_N)
+    num_column_tiles = (columns + BLOCK_N - 1) // BLOCK_N
+    steps = (depth + BLOCK_K - 1) // BLOCK_K
     tl.assume(steps > 0)
     num_tiles = num_row_tiles * num_column_tiles
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
@@ -134,49 +211,12 @@ def _gate_up_kernel(
         _store_clipped(second_out, second, row, stop, column, BLOCK_M, BLOCK_N)
 
 
-@remember
-def row_tiles(counts: Sequence[int], block: int, device: torch.device) -> torch.Tensor:
-    """Group, first row and the group's end for each tile of `block` rows, int32 [tiles, 3]."""
-    # NumPy, as torch's repeat_interleave would wake all threads of the host for it.
-    counts_G = np.array(counts, dtype=np.int64)
-    stops_G = counts_G.cumsum()
-    tiles_G = (counts_G + (block - 1)) // block
-    group = np.repeat(np.arange(len(counts)), tiles_G)
-    nth = np.arange(len(group)) - (tiles_G.cumsum() - tiles_G)[group]
-    row = (stops_G - counts_G)[group] + nth * block
-    return to_device(np.stack((group, row, stops_G[group]), axis=1).astype(np.int32), device)
-
-
-def plain(x: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:
-    """A descriptor of the whole tensor; what lies outside reads as zero."""
-    return TensorDescriptor.from_tensor(x, list(block))
-
-
-def clipped(x_ND: torch.Tensor, block: Sequence[int]) -> TensorDescriptor:
-    """A descriptor with which an access names the row where it ends, as `stop`.
-
-    Its indices are (2**30, stop, 2**30 - stop + row, column): the third is out of range from the
-    row `stop` on, and the first two make up for what was added to it. Addresses are computed modulo
-    2**64, so 2**30 steps of 2**34 elements less a row are 2**30 rows backwards.
-    """
-    stride = x_ND.stride(0)
-    shape = [_MOST, _MOST, _WRAP, x_ND.shape[1]]
-    return TensorDescriptor(x_ND, shape, [2**34 - stride, stride, stride, 1], [1, 1, *block])
-
-
 def can_pair(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether `pair` can describe these two."""
     distance = abs(second.data_ptr() - first.data_ptr())
     return first.stride() == second.stride() and 0 < distance < _STRIDE_BYTES
 
 
-def pair(
-    first: torch.Tensor, second: torch.Tensor, block: Sequence[int]
-) -> tuple[TensorDescriptor, bool]:
-    """One descriptor of two tensors of one layout, and whether the second one comes first in it."""
-    swapped = second.data_ptr() < first.data_ptr()
-    if swapped:
-        first, second = second, first
-    distance = (second.data_ptr() - first.data_ptr()) // first.element_size()
-    shape, strides = [2, *first.shape], [distance, *first.stride()]
-    return TensorDescriptor(first, shape, strides, [2, *block]), swapped
+def can_add(*operands: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether two products can be summed: two tensors of one layout each."""
+    return all(first.stride() == second.stride() for first, second in operands)

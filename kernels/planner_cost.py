@@ -1,25 +1,17 @@
-"""The planner "cost" in C: compiled by the machine's compiler when first used.
-
-Its search takes thousands of steps of a few integer operations, a hundred times slower in Python,
-while every layer waits for it. DeepSpeed and Triton compile with the same compiler, so it asks for
-nothing new. It takes half a second or so, once in each process, and leaves nothing behind.
-"""
+"""The planner "cost" in C: its search takes thousands of steps of a few integer operations."""
 
 import ctypes
 import functools
 import math
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-_SOURCES = [Path(__file__).with_name(f"planner_{name}.c") for name in ("cost", "cut", "route")]
+from .compiled import compiled
+
+_SOURCES = [f"planner_{name}.c" for name in ("cost", "cut", "route")]
 _NO_LIMIT = 1 << 60
 _NO_MEMORY, _TOO_MANY = -1, -2
-_COMPILERS = ("cc", "gcc", "clang")
 
 
 class _Plan(ctypes.Structure):
@@ -38,34 +30,8 @@ def library() -> ctypes.CDLL:
     Raises:
         ValueError: there is no C compiler, or it failed.
     """
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    instead = 'or set "llep.planner" to "lla"'
-    if compiler is None:
-        raise ValueError(
-            f'planner "cost" is compiled when it is first used, and none of '
-            f"{', '.join(_COMPILERS)} is in PATH. Install a C compiler (Debian: apt install gcc), "
-            f"{instead}."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "planner_cost.so")
-        flags = "-O3", "-std=c11", "-ffp-contract=off", "-shared", "-fPIC"
-        command = [compiler, *flags, "-o", path, *_SOURCES]
-        run = functools.partial(subprocess.run, capture_output=True, text=True)
-        try:
-            # A tenth faster for this very processor, where the compiler knows it.
-            if run([*command, "-march=native"]).returncode:
-                run(command, check=True)
-            loaded = ctypes.CDLL(str(path))
-        except subprocess.CalledProcessError as error:
-            raise ValueError(
-                f'{compiler} cannot compile planner "cost": {error.stderr.strip()}. Install '
-                f"another C compiler, {instead}."
-            ) from None
-        except OSError as error:  # such as a folder for temporary files that may hold no program
-            raise ValueError(
-                f'planner "cost" was compiled into {folder} but cannot be loaded: {error}. Let the '
-                f"environment variable TMPDIR name a folder that programs may run from, {instead}."
-            ) from None
+    instead = 'set "llep.planner" to "lla"'
+    loaded = compiled('planner "cost"', _SOURCES, instead)
     size, array, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     loaded.plan_cost.argtypes = (size, size, *[array] * 4, number, number, *[array] * 3)
     loaded.plan_cost.restype = size

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import grouped_gemm, grouped_triton
+from . import grouped_gemm, grouped_triton, grouped_work
 
 
 def gate_up(
@@ -41,7 +41,8 @@ def gradient_of_rows(
     counts: Sequence[int],
 ) -> torch.Tensor:
     """As `grouped_gemm.gradient_of_rows`."""
-    if _fused(grad_gate_NF, w1_GFD, grad_up_NF, w3_GFD):
+    alike = grouped_triton.can_add((grad_gate_NF, grad_up_NF), (w1_GFD, w3_GFD))
+    if alike and _fused(grad_gate_NF, w1_GFD, grad_up_NF, w3_GFD):
         return grouped_triton.dgrad(grad_gate_NF, w1_GFD, grad_up_NF, w3_GFD, counts)
     return grouped_gemm.gradient_of_rows(grad_gate_NF, w1_GFD, grad_up_NF, w3_GFD, counts)
 
@@ -60,10 +61,22 @@ def gradient_of_weights(
     return grouped_gemm.grouped_gemm_weight_gradient(grad_NF, rows_ND, counts, out)
 
 
+def prepare(device: torch.device) -> None:
+    """Compile what the host needs for these products on the device.
+
+    Raises:
+        ValueError: there is no C compiler, or it failed.
+    """
+    if _is_hopper(device):
+        grouped_work.library()
+
+
 def _fused(*operands: torch.Tensor) -> bool:
     return _is_hopper(operands[0].device) and grouped_triton.supported(*operands)
 
 
 @functools.cache  # asking costs the host as much as a small launch
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9

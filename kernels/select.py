@@ -98,7 +98,8 @@ def select_kernels(choice: str, device: torch.device) -> KernelSet:
 
     Raises:
         ValueError: `choice` is none of these; or it is `"triton"` and Triton cannot be imported, or
-            `device` is a CPU and Triton's interpreter is off.
+            `device` is a CPU and Triton's interpreter is off, or there is no C compiler for what
+            the host does on `device`.
     """
     if choice not in CHOICES:
         raise ValueError(
@@ -117,6 +118,8 @@ def select_kernels(choice: str, device: torch.device) -> KernelSet:
             f'llep.kernels is "triton", but Triton cannot be imported here ({error}). Install it '
             '(pip install triton), or set llep.kernels to "auto" or "torch" in the DeepSpeed JSON.'
         ) from error
+    from . import products
+
     kernels = _triton_kernels()
     if device.type == "cpu" and _compiled():
         raise ValueError(
@@ -124,4 +127,5 @@ def select_kernels(choice: str, device: torch.device) -> KernelSet:
             'its interpreter. Set llep.kernels to "auto" or "torch" in the DeepSpeed JSON, or, to '
             "test the kernels, set TRITON_INTERPRET=1 in the environment before Python starts."
         )
+    products.prepare(device)
     return kernels

@@ -43,7 +43,7 @@ def remember(make: Callable) -> Callable:
 
     @functools.wraps(make)
     def wrapper(counts: Sequence[int], *args: object) -> object:
-        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        stream = torch.accelerator.current_stream() if torch.cuda.is_initialized() else None
         return kept(stream, tuple(counts), *args)
 
     return wrapper

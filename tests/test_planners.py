@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -367,36 +366,3 @@ def test_limits_beyond_all_integers(name):
     config = config_of(**{"planner": "cost", "capacity_factor": None, name: 10**30})
     plan = make_plan(HOT, config, FREE_SPILLS)
     assert plan.bypassed == (name == "min_tokens_per_gemm")
-
-
-@pytest.mark.parametrize(
-    "script, message",
-    [
-        (None, "none of cc, gcc, clang is in PATH. Install a C compiler"),
-        ("echo no header files >&2; exit 1", "cannot compile planner .*: no header files"),
-        ("exit 0", "cannot be loaded: .*TMPDIR"),
-    ],
-    ids=["none", "fails", "makes nothing"],
-)
-def test_without_a_working_compiler(script, message, tmp_path, monkeypatch):
-    """Both ways out are named: another compiler or folder, and the other planner."""
-    compiler = tmp_path / "cc"
-    if script is not None:
-        compiler.write_text(f"#!/bin/sh\n{script}\n")
-        compiler.chmod(0o755)
-    found = shutil.which("cc", path=str(tmp_path))
-    monkeypatch.setattr(planner_cost.shutil, "which", lambda name: found)
-    planner_cost.library.cache_clear()
-    with pytest.raises(ValueError, match=f'{message}.*set "llep.planner" to "lla"'):
-        make_plan(HOT, config_of(planner="cost"))
-
-
-def test_a_compiler_that_does_not_know_the_processor(tmp_path, monkeypatch):
-    compiler = tmp_path / "cc"
-    compiler.write_text(
-        f'#!/bin/sh\ncase "$*" in *native*) exit 1;; esac\nexec {shutil.which("cc")} "$@"\n'
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setattr(planner_cost.shutil, "which", lambda name: str(compiler))
-    planner_cost.library.cache_clear()
-    assert make_plan(HOT, config_of(planner="cost"), FREE_SPILLS).spills

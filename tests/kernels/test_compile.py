@@ -37,9 +37,8 @@ def test_all_kernels_compile(tmp_path):
 
 
 def kernels_in_sources() -> set[str]:
-    """All that is launched, by name; grouped products need the GPU that they are made for."""
-    files = [path for path in (ROOT / "kernels").glob("*.py") if "grouped" not in path.name]
-    text = "".join(path.read_text() for path in files)
+    """All that is launched, by name."""
+    text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     return set(re.findall(r"^def (_\w+_kernel)\(", text, re.MULTILINE))
 
 
@@ -57,7 +56,7 @@ def main() -> None:
     except RuntimeError as error:
         print(f"Triton {triton.__version__} has no compiler for NVIDIA GPUs here: {error}")
         sys.exit(NO_COMPILER)
-    from ds_llep.kernels import bias, counts, parcels, planner, routes, rows, swiglu
+    from ds_llep.kernels import bias, counts, grouped_triton, parcels, planner, routes, rows, swiglu
     from ds_llep.kernels.tables import HiddenBias
 
     pointers = {
@@ -128,7 +127,18 @@ def main() -> None:
             bias.gradient_of_bias(row, [N], weight)
         bias.gradient_of_bias_weight(row, row[:P], empty(P))
 
+    def launch_products(counts: list[int], D: int, F: int) -> None:
+        x, hidden = (empty(sum(counts), n, dtype=torch.bfloat16) for n in (D, F))
+        w = empty(2, len(counts), F, D, dtype=torch.bfloat16)
+        grouped_triton.gate_up(x, *w, counts)
+        grouped_triton.product(x, w[0], counts)
+        grouped_triton.product(hidden, w[0], counts, transpose=False)
+        grouped_triton.dgrad(hidden, w[0], hidden, w[1], counts)
+        grouped_triton.wgrad(hidden, x, counts)
+
     launch_all(300, 3, 12, 3, 5000, 50)
+    launch_products([9000, 10, 0], 512, 768)
+    launch_products([1], 512, 768)
     launch_all(1, 1, 1, 1, 1, 1)  # Triton makes a constant of an argument that is 1
     planner.plan_lla(empty(3, 12, dtype=torch.int64), 1.1, 1.3, 64, 2)
 

@@ -10,14 +10,15 @@ import triton.language as tl
 from ds_llep.kernels import grouped_triton as triton_products
 from ds_llep.kernels import products
 from ds_llep.kernels.grouped_triton import HOPPER, Tiling
-from ds_llep.kernels.grouped_triton_rows import can_pair, row_tiles
-from ds_llep.kernels.grouped_triton_wgrad import Segment, schedule, scheduled
+from ds_llep.kernels.grouped_triton_rows import can_pair
+from ds_llep.kernels.grouped_work import Segment, Work, row_tiles, schedule
 
 ON_GPU = torch.cuda.is_available()
 TILING = HOPPER if ON_GPU else Tiling(32, 32, 32, warps=4, stages=2, band=2)
 ROWS = 128 if ON_GPU else 32
 COUNTS = [ROWS + 9, 0, 1, 2 * ROWS, ROWS - 1, 0]
 D, F = 56, 104
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(
     ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="kernels for Hopper"
@@ -144,16 +145,14 @@ def test_beside_a_transfer_the_bits_are_the_same(counts, draw, dtype):
 @pytest.mark.parametrize("counts", [[70_000, 66_000] + 62 * [40], 64 * [1024], [0] * 5, [131_072]])
 def test_every_item_is_dealt_once(counts):
     """A long tile to a program of its own, short ones together."""
-    tables = scheduled(counts, 276, 64, 132, torch.device("cpu"))
-    for work, table in zip(schedule(counts, 276, 64, 132), tables, strict=True):
-        assert table.num_items == work.num_items
+    for work in schedule(counts, 276, 64, 132, CPU):
         if not work.num_items:
             continue
-        starts = table.starts.tolist()
+        starts = work.starts[: work.num_hands + 1].tolist()
         assert starts[0] == 0 and starts[-1] == work.num_items
         steps = [
             max(1, -(-min(s.last_row - s.first_row, s.part_rows) // 64))
-            for s in map(Segment._make, work.segments.tolist())
+            for s in segments_of(work)
             for _ in range(s.num_tiles * s.parts)
         ]
         for first, stop in itertools.pairwise(starts):
@@ -200,10 +199,15 @@ def test_no_rows(draw, dtype):
 def test_tiles_cover_each_row_once(draw):
     counts = draw.index(9, high=300).tolist()
     covered = []
-    for group, row, stop in row_tiles(counts, 128, torch.device("cpu")).tolist():
+    for group, row, stop in row_tiles(counts, 128, CPU).tolist():
         covered += [(group, n) for n in range(row, min(row + 128, stop))]
     expected = [group for group, count in enumerate(counts) for _ in range(count)]
     assert covered == list(zip(expected, itertools.count(), strict=False)), draw.seed
+
+
+def segments_of(work: Work) -> list[Segment]:
+    numbers = work.segments[: 8 * work.num_segments].view(-1, 8)
+    return list(map(Segment._make, numbers.tolist()))
 
 
 def loads(counts, tiles, programs):
@@ -211,9 +215,9 @@ def loads(counts, tiles, programs):
     summed = np.zeros((sum(counts), tiles), dtype=int)
     load = np.zeros(programs, dtype=int)
     owner = np.repeat(np.arange(len(counts)), counts)
-    for work in schedule(counts, tiles, 64, programs):
+    for work in schedule(counts, tiles, 64, programs, CPU):
         item = 0
-        for segment in map(Segment._make, work.segments.tolist()):
+        for segment in segments_of(work):
             assert segment.first_item == item
             for nth in range(segment.num_tiles * segment.parts):
                 start = segment.first_row + nth % segment.parts * segment.part_rows
