@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 SECTION = "llep"
 LEAST_RATE = 1e-4
+MOST_MICROSECONDS = 1e6
 _INVALID = "invalid DeepSpeed config: "
 # The paper's limits, which its planner needs and which bound another one only where they are given.
 _WITHOUT_LIMITS = {"imbalance_threshold": 1.0, "capacity_factor": None, "min_tokens_per_gemm": 0}
@@ -76,13 +77,13 @@ class GivenRates(_StrictModel):
     between_gbytes: float | None = Field(default=None, ge=LEAST_RATE, allow_inf_nan=False)
     """GB/s that a rank sends to other nodes."""
 
-    expert_us: float | None = Field(default=None, gt=0, le=1e6)
+    expert_us: float | None = Field(default=None, gt=0, le=MOST_MICROSECONDS)
     """Microseconds that one more foreign expert costs beside its rows."""
 
     exposed: float | None = Field(default=None, ge=0, le=1)
     """The share of a weight transfer that other work does not hide."""
 
-    spill_us: float | None = Field(default=None, ge=0, le=1e6)
+    spill_us: float | None = Field(default=None, ge=0, le=MOST_MICROSECONDS)
     """Microseconds that any spill costs a layer, whatever it moves: what the host does for it."""
 
 

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import deepspeed.comm as dist
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_llep.config import LEAST_RATE
+from ds_llep.config import LEAST_RATE, MOST_MICROSECONDS
 from ds_llep.kernels.select import KernelSet, select_kernels
 from ds_llep.ranks import RankTable
 from ds_llep.rates import UNITS
@@ -108,10 +109,8 @@ class _Probe:
         for key, value in zip(keys, agreed.tolist(), strict=True):
             if key == "exposed":
                 found[key] = min(max(value, 0.0), 1.0)
-            elif key == "expert_us":
-                found[key] = max(value * 1e6, 1e-6)  # where the noise is larger than the price
-            elif key == "spill_us":
-                found[key] = value * 1e6
+            elif key.endswith("_us"):  # noise may be larger than the price
+                found[key] = min(max(value * 1e6, 1e-6), MOST_MICROSECONDS)
             elif value:
                 found[key] = max(1 / (value * UNITS[key]), LEAST_RATE)
         return found
@@ -143,20 +142,29 @@ class _Probe:
         return (many - few) / (_MANY - _FEW)
 
     def _spill(self) -> float:
-        """Seconds of the products of a second set of experts that has hardly any rows: mostly the
-        host's, which starts them."""
-        return self._seconds(partial(self._products, rows=_FEW))
+        """Seconds of a second set of experts that has hardly any rows, which is fetched and whose
+        gradients return: mostly the host's, which starts all of it."""
+        calls = count(1)
+
+        def second_set() -> None:
+            self._finish(self._transfer(self._weights[:1], 1))
+            self._products(rows=_FEW * next(calls))  # other rows in every micro-batch
+            self._finish(self._transfer(self._weights[:1], 1))
+
+        return self._seconds(second_set)
 
     def _exposed(self) -> float:
         """What a transfer adds to products beside it, of what it takes alone."""
 
+        start = partial(self._transfer, self._weights, _EXPERTS)
+
         def both() -> None:
-            works = self._transfer()
+            works = start()
             self._products()
             self._finish(works)
 
         products = self._seconds(self._products)
-        transfer = self._seconds(lambda: self._finish(self._transfer()))
+        transfer = self._seconds(lambda: self._finish(start()))
         return (self._seconds(both) - products) / transfer
 
     def _products(self, groups: int = _FEW, rows: int | None = None) -> None:
@@ -174,13 +182,13 @@ class _Probe:
         kernels.gradient_of_weights(grad_gate, rows_ND, counts)
         kernels.gradient_of_weights(grad_up, rows_ND, counts)
 
-    def _transfer(self) -> list:
-        """Experts to the next rank, as ``ds_llep/fetch.py`` sends them."""
+    def _transfer(self, matrices: Sequence[torch.Tensor], experts: int) -> list:
+        """Experts' matrices to the next rank, as ``ds_llep/fetch.py`` sends them."""
         ranks, mine = self._table.own_group, self._table.ep_rank
         following, previous = ranks[(mine + 1) % len(ranks)], ranks[mine - 1]
         operations = []
-        for weights in self._weights:
-            for expert in range(_EXPERTS):
+        for weights in matrices:
+            for expert in range(experts):
                 received = weights[_MANY - 1 - expert]  # which nobody uses meanwhile
                 operations.append(dist.P2POp(dist.isend, weights[expert], following, self._group))
                 operations.append(dist.P2POp(dist.irecv, received, previous, self._group))

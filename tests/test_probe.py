@@ -108,3 +108,10 @@ def test_noise_above_the_price(pools):
     for found, _ in pools(4).run(scripted, [4e-3, 1e-3], ["expert_us"], 0):
         assert found == {"expert_us": 1e-6}
         GivenRates(**found)
+
+
+def test_a_machine_at_a_standstill(pools):
+    """The longest times that a file may hold, however long it took."""
+    for found, _ in pools(4).run(scripted, [1e-3, 900.0, 3.0], ["expert_us", "spill_us"], 0):
+        assert found == {"expert_us": 1e6, "spill_us": 1e6}
+        GivenRates(**found)
