@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+import warm
 from ranks import free_port, remove_shared_buffers
 
 ROOT = Path(__file__).parent.parent
+WARM = warm.__file__
+"""Before a script in a launcher's command line: its ranks are forked and import nothing."""
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -34,7 +42,9 @@ def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]
 
 def run(command: list[str], port: int, cwd: Path, timeout: float) -> tuple[int, str]:
     """:func:`launch` with any command whose ranks meet at ``port``."""
-    env = environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    env = environment(**ON_CPU)
+    if WARM in command:
+        env[warm.ADDRESS] = warm_ranks()
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -53,3 +63,28 @@ def run(command: list[str], port: int, cwd: Path, timeout: float) -> tuple[int, 
     finally:
         remove_shared_buffers(port)
     return process.returncode, out
+
+
+@functools.cache
+def warm_ranks() -> str:
+    """Where the server of :data:`WARM` listens, which ends with this process."""
+    folder = tempfile.TemporaryDirectory()  # not a test's: a socket's name must be short
+    address = os.path.join(folder.name, "ranks")
+    server = subprocess.Popen(
+        [sys.executable, "-u", WARM, "--serve", address],
+        env=environment(**ON_CPU),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # so that no signal to this process's group reaches it
+    )
+
+    def stop() -> None:
+        server.stdin.close()
+        server.wait()
+        folder.cleanup()
+
+    atexit.register(stop)
+    while not os.path.exists(address):
+        assert server.poll() is None, "the server of warm ranks has ended"
+        time.sleep(0.05)
+    return address
