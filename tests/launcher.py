@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import os
 import signal
 import subprocess
@@ -42,9 +41,7 @@ def launch(ranks: int, *args: str, cwd: Path, timeout: float) -> tuple[int, str]
 
 def run(command: list[str], port: int, cwd: Path, timeout: float) -> tuple[int, str]:
     """:func:`launch` with any command whose ranks meet at ``port``."""
-    env = environment(**ON_CPU)
-    if WARM in command:
-        env[warm.ADDRESS] = warm_ranks()
+    env = warm_environment() if WARM in command else environment(**ON_CPU)
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -65,11 +62,10 @@ def run(command: list[str], port: int, cwd: Path, timeout: float) -> tuple[int, 
     return process.returncode, out
 
 
-@functools.cache
-def warm_ranks() -> str:
-    """Where the server of :data:`WARM` listens, which ends with this process."""
+def start_warm_ranks() -> None:
+    """Start the server of :data:`WARM`, which ends with this process, for it and its children."""
     folder = tempfile.TemporaryDirectory()  # not a test's: a socket's name must be short
-    address = os.path.join(folder.name, "ranks")
+    address = os.environ[warm.ADDRESS] = os.path.join(folder.name, "ranks")
     server = subprocess.Popen(
         [sys.executable, "-u", WARM, "--serve", address],
         env=environment(**ON_CPU),
@@ -84,7 +80,14 @@ def warm_ranks() -> str:
         folder.cleanup()
 
     atexit.register(stop)
-    while not os.path.exists(address):
-        assert server.poll() is None, "the server of warm ranks has ended"
+
+
+def warm_environment() -> dict[str, str]:
+    """:func:`environment` for commands with :data:`WARM`, whose server listens."""
+    if warm.ADDRESS not in os.environ:
+        start_warm_ranks()
+    deadline = time.monotonic() + 600
+    while not os.path.exists(os.environ[warm.ADDRESS]):
+        assert time.monotonic() < deadline, "the server of warm ranks has not started"
         time.sleep(0.05)
-    return address
+    return environment(**ON_CPU)
