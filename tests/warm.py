@@ -13,7 +13,6 @@ takes it along if it is killed.
 
 from __future__ import annotations
 
-import array
 import atexit
 import contextlib
 import gc
@@ -48,9 +47,8 @@ def ask(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         request = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
-        files = array.array("i", [0, 1, 2])
         header = len(request).to_bytes(8, "little")
-        server.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+        socket.send_fds(server, [header], [0, 1, 2])
         server.sendall(request)
         answers = server.makefile("r")
         rank = int(answers.readline())
@@ -111,6 +109,7 @@ def keep(connection: socket.socket) -> list[str]:
         os.chdir(directory)
         os.environ.clear()
         os.environ.update(environment)
+        sys.modules["numpy"].random.seed()  # not the same on all ranks; Python's own is anew
         return argv
     for file in files:  # whoever reads what the rank writes waits for the last writer's end
         os.close(file)
