@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.compiler import lazy_disable
 
 from ds_llep.config import LLEPConfig
 from ds_llep.costs import Costs
@@ -90,7 +91,7 @@ class LLEPMoELayer(AutoEPMoELayer):
 
     llep: LayerContext
 
-    @torch.compiler.disable
+    @lazy_disable  # PyTorch's own imports torch._dynamo at once, which takes a second
     def forward(
         self, hidden_states: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ import deepspeed.moe.layer
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.sharded_moe import MOE_TIMER, MOELayer, _sparse_decode
+from deepspeed.runtime.compiler import lazy_disable
 
 from ds_llep.bundle import (
     ForeignJob,
@@ -92,7 +93,7 @@ class BalancedMOELayer(MOELayer):
 
     llep: MoEContext
 
-    @torch.compiler.disable
+    @lazy_disable
     def forward(
         self, hidden_states: torch.Tensor, used_token: torch.Tensor | None = None
     ) -> torch.Tensor:

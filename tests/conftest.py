@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
 import torch
+import warm
 from hypothesis import HealthCheck, settings
+from launcher import start_warm_ranks
 from ranks import RankPool
 
 # No test fails because the machine has other work.
@@ -25,6 +28,11 @@ def pytest_report_header() -> str:
         return "ranks: CPU processes, gloo"
     fewer = f"; tests for 4 ranks run on {GPUS}, with EP sizes to match" if GPUS < 4 else ""
     return f"ranks: {GPUS} GPUs, NCCL{fewer}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and warm.ADDRESS not in os.environ:
+        start_warm_ranks()  # one server for all of xdist's workers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ import transformers
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.module_inject.layers import set_autotp_mode
 from deepspeed.utils import groups
-from launcher import launch
+from launcher import WARM, launch
 
 import ds_llep
 from ds_llep import activate, compat
@@ -356,7 +356,7 @@ def test_launched_job_ends(source, tmp_path):
     all groups exchange their counts and all ranks raise.
     """
     (tmp_path / "train.py").write_text(SCRIPT.replace("SOURCE", source))
-    code, out = launch(4, "train.py", cwd=tmp_path, timeout=600)
+    code, out = launch(4, WARM, "train.py", cwd=tmp_path, timeout=600)
     assert code != 0, out[-4000:]
     assert out.count("did step 0") == 4, out[-4000:]
     assert "did step 1" not in out

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from launcher import ROOT, environment
+from launcher import ROOT, WARM, environment, warm_environment
 
 from ds_llep import cli
 from ds_llep.bench import output
@@ -177,11 +177,19 @@ def test_published_options(tmp_path):
     options += f" --modes llep --machine {MACHINE} --json {tmp_path}/results.jsonl"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + ["-m", "ds_llep", "bench", *options.split(), "--imbalance_configs", "30:4,80:local"],
+        + [
+            WARM,
+            "-m",
+            "ds_llep",
+            "bench",
+            *options.split(),
+            "--imbalance_configs",
+            "30:4,80:local",
+        ],
         capture_output=True,
         text=True,
         timeout=600,
-        env=environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
+        env=warm_environment(),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from launcher import environment
+from launcher import WARM, warm_environment
 
 from ds_llep.bench.calibrate import add_arguments, write
 from ds_llep.bench.machine import H200, Machine
@@ -20,9 +20,9 @@ SMALL = "--matrix 128 --rows 256 --hidden-size 32 --ffn-size 64 --mebibytes 0.25
 def test_two_ranks(tmp_path):
     path = tmp_path / "machine.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "ds_llep", "calibrate", "--device", "cpu", "--out", str(path)]
+    command += [WARM, "-m", "ds_llep", "calibrate", "--device", "cpu", "--out", str(path)]
     command += [*SMALL.split(), "--inter-gbps", "100", "--name", "small"]
-    env = environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    env = warm_environment()
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     machine = Machine.load(path)

@@ -14,7 +14,7 @@ import families
 import pytest
 import transformers
 from deepspeed.runtime.engine import DeepSpeedEngine
-from launcher import ROOT
+from launcher import ROOT, WARM
 from launcher import run as launch
 from ranks import free_port, remove_shared_buffers
 from safetensors.torch import load_file
@@ -92,7 +92,7 @@ def test_accelerate(tmp_path, how, seed):
         config = "ds_configs/accelerate_zero3_ep2.yaml"
         command = ["accelerate.commands.launch", "--config_file", config]
         command += ["--main_process_port", port]
-    out = door.launch(*command, "-m", "ds_llep.run", SCRIPT)
+    out = door.launch(*command, WARM, "-m", "ds_llep.run", SCRIPT)
     assert "3 steps on 2 ranks through Accelerate" in out
     door.check(2, micro_batches=6, stopped="Accelerate's engine does not run ds_llep")
 
@@ -106,7 +106,7 @@ def test_trl(tmp_path, seed):
         *("--seed", str(seed), "--output-dir", str(tmp_path)),
     )
     port = ["--master_port", str(free_port())]
-    command = ["torch.distributed.run", "--nproc_per_node", "2", *port, "-m", "ds_llep.run"]
+    command = ["torch.distributed.run", "--nproc_per_node", "2", *port, WARM, "-m", "ds_llep.run"]
     out = door.launch(*command, SCRIPT)
     assert "3 steps on 2 ranks through SFTTrainer" in out
     door.check(2, micro_batches=6, stopped="SFTTrainer's engine does not run ds_llep")
@@ -121,7 +121,16 @@ def test_trl_with_adapters(tmp_path, seed):
     (tmp_path / "ds.json").write_text(json.dumps(config))
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(port), "examples/trl_sft.py", "--lora", "4", "--steps", "3"]
+    command += [
+        "--master_port",
+        str(port),
+        WARM,
+        "examples/trl_sft.py",
+        "--lora",
+        "4",
+        "--steps",
+        "3",
+    ]
     command += ["--deepspeed_config", str(tmp_path / "ds.json"), "--seq-len", "32"]
     command += ["--checkpointing", "no_reentrant", "--seed", str(seed)]
     code, out = launch([*command, "--output-dir", str(tmp_path / "saved")], port, ROOT, timeout=600)
@@ -141,7 +150,7 @@ def test_native_moe(tmp_path, seed):
         *("--steps", "4", "--skew", "2", "--seed", str(seed)),
     )
     port = ["--master_port", str(free_port())]
-    out = door.launch("torch.distributed.run", "--nproc_per_node", "2", *port, SCRIPT)
+    out = door.launch("torch.distributed.run", "--nproc_per_node", "2", *port, WARM, SCRIPT)
     for status in door.check(2, micro_batches=4, stopped=None):
         assert status["layers"] == 4
     before, after = re.search(r"llep on: .* mean load ratio ([\d.]+) -> ([\d.]+)", out).groups()
@@ -159,7 +168,7 @@ def test_hf_trainer_on_two_nodes(tmp_path, seed):
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     nodes = [
         ["deepspeed.launcher.runner", "--hostfile", str(hosts), *address]
-        + ["--no_ssh", "--node_rank", node, "--no_local_rank", SCRIPT]
+        + ["--no_ssh", "--node_rank", node, "--no_local_rank", WARM, SCRIPT]
         for node in ("0", "1")
     ]
     with ThreadPoolExecutor() as pool:
@@ -180,7 +189,15 @@ def test_hf_trainer_goes_on(tmp_path, seed):
     def train(*args: str) -> list[tuple[str, str]]:
         port = free_port()
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command += ["--master_port", str(port), "examples/hf_trainer.py", "--steps", "10", *args]
+        command += [
+            "--master_port",
+            str(port),
+            WARM,
+            "examples/hf_trainer.py",
+            "--steps",
+            "10",
+            *args,
+        ]
         command += ["--deepspeed_config", "ds_configs/hf_trainer_zero3_ep2.json"]
         command += ["--seq-len", "32", "--micro-batch", "2", "--seed", str(seed)]
         code, out = launch(command, port, ROOT, timeout=600)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import tokenizers
 import torch
-from launcher import ROOT, environment, launch
+from launcher import ROOT, WARM, launch, run
 from quantized import write_mxfp4
+from ranks import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 
 def run_example(*command: str, ranks: int = 4) -> str:
     """Run an example on CPU ranks; its output."""
-    code, output = launch(ranks, *command, cwd=ROOT, timeout=600)
+    code, output = launch(ranks, WARM, *command, cwd=ROOT, timeout=600)
     assert code == 0, output[-4000:]
     return output
 
@@ -85,11 +85,6 @@ def test_finetune_in_and_out(tmp_path, seed):
 
 @pytest.mark.parametrize("script", ["finetune.py", "hf_trainer.py"])
 def test_help(script):
-    finished = subprocess.run(
-        [sys.executable, f"examples/{script}", "--help"],
-        cwd=ROOT,
-        env=environment(DS_ACCELERATOR="cpu"),
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0 and "--deepspeed_config" in finished.stdout
+    command = [sys.executable, WARM, f"examples/{script}", "--help"]
+    code, output = run(command, free_port(), cwd=ROOT, timeout=600)
+    assert code == 0 and "--deepspeed_config" in output

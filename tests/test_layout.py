@@ -58,7 +58,7 @@ ROOMS = {
         {"config", "plan", "counts", "route", "dispatch", "shards", "fetch", "experts"}
         | {"costs", "monitor", "rates", "timeline"}
         | KERNELS,
-        {"torch", "deepspeed.module_inject.auto_ep_layer"},
+        {"torch", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.compiler"},
     ),
     "grouped_experts": (KERNELS, {"numpy", "torch"}),
     "bundle": (
@@ -69,7 +69,7 @@ ROOMS = {
     "moe": (
         {"bundle", "config", "counts", "dispatch", "fetch", "layer", "plan", "route", "timeline"}
         | KERNELS,
-        {"torch", "deepspeed.accelerator", "deepspeed.moe"},
+        {"torch", "deepspeed.accelerator", "deepspeed.moe", "deepspeed.runtime.compiler"},
     ),
     "convert": (
         {"bundle", "config", "fetch", "grouped_experts", "moe", "monitor", "rates", "recorder"}

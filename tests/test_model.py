@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from unittest import mock
 
+import deepspeed
 import deepspeed.comm as dist
 import numpy as np
 import pytest
@@ -223,12 +226,27 @@ def test_command(tmp_path):
     assert lines[-1]["llep"]["imbalance_threshold"] == 1.0
 
 
-def test_train_command(tmp_path):
+def on_launched_rank(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of the command on a rank that a launcher has started."""
+    out, level = io.StringIO(), deepspeed.utils.logger.level
+    with (
+        mock.patch.object(
+            dist, "destroy_process_group"
+        ),  # of the ranks that other tests go on with
+        contextlib.redirect_stdout(out),
+    ):
+        code = cli.main(arguments)
+    deepspeed.utils.logger.setLevel(level)
+    return code, out.getvalue()
+
+
+def test_train_command(pools, tmp_path):
     path = tmp_path / "losses.jsonl"
-    options = "--ranks 2 --device cpu --tokens 64 --seq-len 32 --train 3 --workloads 50:4 --json"
-    done = run_command("model", *options.split(), str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "largest difference" in done.stdout and "tokens/s" in done.stdout
+    options = "--ranks 2 --tokens 64 --seq-len 32 --train 3 --workloads 50:4 --json"
+    answers = pools(2).run(on_launched_rank, ["model", *options.split(), str(path)])
+    assert [code for code, _ in answers] == [0, 0]
+    (_, out), (_, nothing) = answers
+    assert "largest difference" in out and "tokens/s" in out and not nothing
     ep, llep = [json.loads(line) for line in path.read_text().splitlines()]
     assert [len(line["losses"]) for line in (ep, llep)] == [3, 3]
     assert [line["workload"] for line in (ep, llep)] == ["50:4", "50:4"]
