@@ -121,16 +121,8 @@ def test_trl_with_adapters(tmp_path, seed):
     (tmp_path / "ds.json").write_text(json.dumps(config))
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += [
-        "--master_port",
-        str(port),
-        WARM,
-        "examples/trl_sft.py",
-        "--lora",
-        "4",
-        "--steps",
-        "3",
-    ]
+    command += ["--master_port", str(port), WARM, "examples/trl_sft.py"]
+    command += ["--lora", "4", "--steps", "3"]
     command += ["--deepspeed_config", str(tmp_path / "ds.json"), "--seq-len", "32"]
     command += ["--checkpointing", "no_reentrant", "--seed", str(seed)]
     code, out = launch([*command, "--output-dir", str(tmp_path / "saved")], port, ROOT, timeout=600)
@@ -189,15 +181,8 @@ def test_hf_trainer_goes_on(tmp_path, seed):
     def train(*args: str) -> list[tuple[str, str]]:
         port = free_port()
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command += [
-            "--master_port",
-            str(port),
-            WARM,
-            "examples/hf_trainer.py",
-            "--steps",
-            "10",
-            *args,
-        ]
+        command += ["--master_port", str(port), WARM, "examples/hf_trainer.py"]
+        command += ["--steps", "10", *args]
         command += ["--deepspeed_config", "ds_configs/hf_trainer_zero3_ep2.json"]
         command += ["--seq-len", "32", "--micro-batch", "2", "--seed", str(seed)]
         code, out = launch(command, port, ROOT, timeout=600)

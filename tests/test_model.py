@@ -229,12 +229,8 @@ def test_command(tmp_path):
 def on_launched_rank(arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of the command on a rank that a launcher has started."""
     out, level = io.StringIO(), deepspeed.utils.logger.level
-    with (
-        mock.patch.object(
-            dist, "destroy_process_group"
-        ),  # of the ranks that other tests go on with
-        contextlib.redirect_stdout(out),
-    ):
+    going_on = mock.patch.object(dist, "destroy_process_group")  # other tests use these ranks
+    with going_on, contextlib.redirect_stdout(out):
         code = cli.main(arguments)
     deepspeed.utils.logger.setLevel(level)
     return code, out.getvalue()

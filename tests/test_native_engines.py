@@ -105,7 +105,7 @@ def train(stage: int, ep_size: int, seed: int, folder: str, **options):
     assert has_moe_layers(ours) == has_moe_layers(theirs) == (True, natives.EXPERTS)
     assert both[1].num_experts == both[0].num_experts
     assert ours.state_dict().keys() == theirs.state_dict().keys()
-    off = {}
+    off, foreign = {}, []
     for moment, source in enumerate((None, *both)):
         if source is not None:
             source.save_checkpoint(f"{folder}/{moment}")
@@ -117,7 +117,9 @@ def train(stage: int, ep_size: int, seed: int, folder: str, **options):
         off[f"step {moment}"] = layers.errors(found[1], found[0])
         if stage:
             assert found[0]["norm"] > CLIP, "nothing was clipped"
-    status = ds_llep.status(both[1])
+        status = ds_llep.status(both[1])
+        foreign.append(status["foreign_experts"])
+    status["foreign_experts"] = [max(layer) for layer in zip(*foreign, strict=True)]
     for engine in both:
         engine.destroy()
     return off, status
