@@ -81,12 +81,11 @@ def _tile_at(tile, num_rows, num_columns, BAND: tl.constexpr):
 
 
 # Specialising on numbers, many of which are others at every call, would compile anew for each.
-@triton.jit(
-    do_not_specialize=[
-        *("num_row_tiles", "num_groups", "num_rows", "depth", "columns"),
-        *("row_stride", "group_stride", "matrix_stride"),
-    ]
-)
+_NUMBERS = "num_row_tiles num_groups num_rows depth columns".split()
+_NUMBERS += "row_stride distance group_stride matrix_stride".split()
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _product_kernel(
     rows_ptr,
     more_rows_ptr,
@@ -156,12 +155,7 @@ def _product_kernel(
         _store_clipped(out, second, row, stop, column + half, BLOCK_M, half)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("num_row_tiles", "num_groups", "num_rows", "depth", "columns"),
-        *("row_stride", "distance", "group_stride", "matrix_stride"),
-    ]
-)
+@triton.jit(do_not_specialize=_NUMBERS)
 def _gate_up_kernel(
     rows_ptr,
     matrices_ptr,

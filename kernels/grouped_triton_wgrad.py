@@ -7,6 +7,9 @@ along the rows, as Stream-K does (arXiv 2301.03598). Each part is summed in fp32
 own, and a second kernel adds the parts, always in the same order: the same bits on every run. The
 price is that memory and the time to read it back; small groups are never cut.
 
+Beside a transfer, which takes some of the multiprocessors, programs take the next items from a
+queue, so that the others do more.
+
 Shape letters: G groups, N rows, F and D widths. No function of Triton's own library is called;
 `rows.py` says why.
 """
@@ -35,20 +38,11 @@ def _store_quarters(target, value, slot, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     target.store([slot, 0, half + quarter], second.reshape([1, BLOCK_M, quarter]))
 
 
-@triton.jit(
-    do_not_specialize=[
-        *(
-            "num_items",
-            "num_hands",
-            "dealt",
-            "num_rows",
-            "num_columns",
-            "grad_stride",
-            "row_stride",
-        ),
-        *("num_out", "out_stride", "out_row_stride"),
-    ]
-)
+_NUMBERS = "num_items num_hands dealt num_rows num_columns grad_stride row_stride".split()
+_NUMBERS += "num_out out_stride out_row_stride".split()
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _wgrad_kernel(
     grad_ptr,
     rows_ptr,

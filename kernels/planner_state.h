@@ -122,11 +122,11 @@ static void book_rank_of_node(Search *s, i64 e, i64 r, i64 q) {
 static void settle(Search *s, i64 e, int32_t node, int in_order) {
     i64 at = e * s->P, end = s->first[node + 1], sent = 0, wanted = 0, near[] = {0, 0};
     const i64 *own = s->own + at, *tokens = s->tokens + at;
+    for (i64 r = s->first[node]; r < end && in_order; r++) keep_near(s, e, r, -s->near[at + r]);
     for (i64 r = s->first[node]; r < end; r++) {
-        i64 kept = own[r] - tokens[r];
-        if (in_order) keep_near(s, e, r, -s->near[at + r]);
+        i64 kept = own[r] - tokens[r], stays = s->near[at + r];
         sent += most(kept, 0), wanted += most(-kept, 0);
-        near[0] += kept > 0 ? s->near[at + r] : 0, near[1] += kept > 0 ? 0 : s->near[at + r];
+        near[0] += kept > 0 ? stays : 0, near[1] += kept > 0 ? 0 : stays;
     }
     for (int getting = 0; getting < 2; getting++) {
         i64 more = least(sent, wanted) - near[getting];
