@@ -148,6 +148,8 @@ def test_every_item_is_dealt_once(counts):
     for work in schedule(counts, 276, 64, 132, CPU):
         if not work.num_items:
             continue
+        tables = work.segment_of_item, work.segments, work.first_items, work.starts, work.queue
+        assert all(table.data_ptr() % 16 == 0 for table in tables), "Triton would compile anew"
         starts = work.starts[: work.num_hands + 1].tolist()
         assert starts[0] == 0 and starts[-1] == work.num_items
         steps = [
