@@ -155,7 +155,6 @@ class _Probe:
 
     def _exposed(self) -> float:
         """What a transfer adds to products beside it, of what it takes alone."""
-
         start = partial(self._transfer, self._weights, _EXPERTS)
 
         def both() -> None:

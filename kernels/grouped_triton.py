@@ -46,7 +46,7 @@ several by row counts, as each would be compiled in the middle of training."""
 
 def supported(*operands: torch.Tensor) -> bool:
     """Whether these kernels take such operands."""
-    for operand in operands:  # every product asks: plain code takes the host half as long
+    for operand in operands:  # every product asks, so without the host's time for generators
         *strides, last_stride = operand.stride()
         sizes = operand.data_ptr(), 2 * operand.shape[-1], *[2 * stride for stride in strides]
         if operand.dtype not in _DTYPES or last_stride != 1:

@@ -5,7 +5,7 @@ it knows the row counts: a table names group, first row and end of each tile of 
 program searches. Operands arrive through tensor descriptors, which on Hopper are bulk copies
 (elsewhere the compiler turns them into plain loads); where a tile reaches beyond its group it reads
 its neighbour's rows, which cost time and are not stored. Each program makes the descriptors for
-itself: made by the host they cost it three times what the rest of a launch does.
+itself: made by the host they would cost it as much again as the rest of a launch.
 
 Two tensors of one shape can be read as one: the distance between their addresses is a stride like
 any other. So a single copy brings the same tile of two matrices, and a single wide product makes
@@ -206,7 +206,7 @@ def _gate_up_kernel(
 
 
 def can_pair(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether `pair` can describe these two."""
+    """Whether one descriptor can be of both."""
     distance = abs(second.data_ptr() - first.data_ptr())
     return first.stride() == second.stride() and 0 < distance < _STRIDE_BYTES
 

@@ -13,7 +13,7 @@ typedef int32_t i32;
 #define TILES_PER_PROGRAM 16
 /* Dealt items, a program gets one long one, or short ones in a row until it has so many steps: more
  * would be further apart from those that run at the same time, and share less of what they read;
- * with fewer, programs ask for more more often. */
+ * with fewer, programs ask more often. */
 #define STEPS_OF_A_HAND 64
 #define MOST_OF_A_HAND 16
 

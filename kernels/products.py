@@ -18,7 +18,8 @@ def gate_up(
     rows_ND: torch.Tensor, w1_GFD: torch.Tensor, w3_GFD: torch.Tensor, counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grouped_gemm.gate_up`."""
-    if _fused(rows_ND, w1_GFD, w3_GFD) and grouped_triton.can_pair(w1_GFD, w3_GFD):
+    storable = grouped_triton.can_store(w1_GFD.shape[1], rows_ND.dtype)
+    if storable and _fused(rows_ND, w1_GFD, w3_GFD) and grouped_triton.can_pair(w1_GFD, w3_GFD):
         return grouped_triton.gate_up(rows_ND, w1_GFD, w3_GFD, counts)
     return grouped_gemm.gate_up(rows_ND, w1_GFD, w3_GFD, counts)
 

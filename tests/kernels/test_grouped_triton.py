@@ -270,9 +270,11 @@ def test_results_too_narrow_to_store_are_left_to_pytorch(draw, monkeypatch, rank
     """Those of low-rank factors, of which the operands may be wide enough."""
     called = []
     monkeypatch.setattr(products, "_fused", triton_products.supported)
-    monkeypatch.setattr(triton_products, "product", lambda *args: called.append(args))
+    for name in ("product", "gate_up"):
+        monkeypatch.setattr(triton_products, name, lambda *args: called.append(args))
     rows = draw.normal(5, D, dtype=torch.bfloat16)
-    weights = draw.normal(2, rank, D, dtype=torch.bfloat16)
-    out = products.product(rows, weights, [2, 3])
-    assert bool(called) == fused
-    assert fused or out.shape == (5, rank)
+    weights = draw.normal(2, 2, rank, D, dtype=torch.bfloat16)
+    out = products.product(rows, weights[0], [2, 3])
+    both = products.gate_up(rows, *weights, [2, 3])
+    assert len(called) == (2 if fused else 0)
+    assert fused or {x.shape for x in (out, *both)} == {(5, rank)}
