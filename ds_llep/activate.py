@@ -43,7 +43,7 @@ from ds_llep.layer import LayerContext, LLEPMoELayer
 from ds_llep.lora import adapters_kept, wrap_engine
 from ds_llep.monitor import Statistics
 from ds_llep.probe import measure_rates
-from ds_llep.ranks import RankTable
+from ds_llep.ranks import RankTable, on_every_rank
 from ds_llep.rates import H200, Rates, find_rates
 from ds_llep.recorder import Recorder, open_recorder
 from ds_llep.shards import check_weight_source, choose_weight_source, weights_changed
@@ -87,7 +87,8 @@ def register() -> None:
         else:
             check_compatible(self._config)
         check_weight_source(config.weight_source, self._config.zero_config)
-        select_kernels(config.kernels, torch.device(deepspeed.get_accelerator().device_name()))
+        device = torch.device(deepspeed.get_accelerator().device_name())
+        on_every_rank(lambda: select_kernels(config.kernels, device))  # nodes may lack a compiler
         if native:  # balanced once DeepSpeed has made their groups
             return original(self, model, *args, **kwargs)
         expert_parallel = self._config.expert_parallel_config

@@ -158,6 +158,22 @@ def _numbered(nodes: Sequence[Hashable]) -> list[int]:
     return [number[node] for node in nodes]
 
 
+def on_every_rank(work: Callable[[], object]) -> None:
+    """One rank's error becomes an error on every rank. A collective over all processes.
+
+    Raises:
+        ValueError: with the first rank's that failed, and its text.
+    """
+    failure = None
+    try:
+        work()
+    except Exception as error:  # whatever it is, the others wait for an answer
+        failure = str(error)
+    for rank, error in enumerate(all_gather(failure)):
+        if error is not None:
+            raise ValueError(f"rank {rank}: {error}")
+
+
 def on_rank_0(work: Callable[[], Any]) -> tuple[Any, tuple[str, str] | None]:
     """What rank 0 gets from it, and the error that it ends in, by type and text: on every rank.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from ds_llep.config import SECTION, CostConfig, GivenRates
 from ds_llep.costs import Costs
 from ds_llep.kernels.planner_cost import library
-from ds_llep.ranks import all_gather, on_rank_0
+from ds_llep.ranks import on_every_rank, on_rank_0
 
 PICOSECONDS = 10**12
 UNITS = {
@@ -138,7 +138,7 @@ def find_rates(
         ValueError: on every rank, if the file cannot be read or written, or holds no rates, or if
             any rank cannot compile the planner.
     """
-    _on_every_rank(library)
+    on_every_rank(library)
     given = config.model_dump(include=set(UNITS), exclude_none=True)
     # Another node may have another file of this name, or none: rank 0's is everyone's.
     given, kept = _on_first_rank(lambda: (given, _load(config.file)))
@@ -188,15 +188,3 @@ def _on_first_rank(work: Callable[[], object]) -> object:
     if failure is not None:
         raise ValueError(failure[1])
     return result
-
-
-def _on_every_rank(work: Callable[[], object]) -> None:
-    """One rank's error becomes an error on every rank."""
-    failure = None
-    try:
-        work()
-    except Exception as error:  # whatever it is, the others wait for an answer
-        failure = str(error)
-    for rank, error in enumerate(all_gather(failure)):
-        if error is not None:
-            raise ValueError(f"rank {rank}: {error}")

@@ -6,6 +6,7 @@ the test by the pool's time limit.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import types
@@ -170,6 +171,21 @@ def test_start_up(pools, mistake):
         assert kind == "ValueError", text
         for fragment in fragments:
             assert fragment in text
+
+
+def start_up_without_kernels(bad_rank: int) -> tuple[str, str]:
+    """:func:`start_up` where one rank's machine cannot have the kernels, as without a compiler."""
+    missing = ValueError("Install a C compiler")
+    fails = mock.patch.object(activate, "select_kernels", side_effect=missing)
+    with fails if dist.get_rank() == bad_rank else contextlib.nullcontext():
+        return start_up(moe, {}, {})
+
+
+def test_one_rank_without_kernels(pools, seed):
+    pool = pools(4)
+    bad_rank = seed % pool.world_size
+    for kind, text in pool.run(start_up_without_kernels, bad_rank, timeout=TIMEOUT):
+        assert (kind, text) == ("ValueError", f"rank {bad_rank}: Install a C compiler")
 
 
 def test_unsupported_transformers(pools):
