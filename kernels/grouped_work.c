@@ -17,12 +17,13 @@ typedef int32_t i32;
 #define STEPS_OF_A_HAND 64
 #define MOST_OF_A_HAND 16
 
-#define FIELDS 8 /* of a segment */
+#define FIELDS 8  /* of a segment */
+#define NUMBERS 9 /* of a layout: see lay_out */
 
 static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static i64 most(i64 a, i64 b) { return a > b ? a : b; }
 static i64 divided_up(i64 a, i64 b) { return (a + b - 1) / b; }
-/* So that every table begins where 16 bytes do. */
+/* So that every table begins at a multiple of 16 bytes: for another alignment Triton compiles anew. */
 static i64 padded(i64 numbers) { return (numbers + 3) / 4 * 4; }
 
 /* Group, first row and the group's end of each tile of `block` rows; returns how many. */
@@ -80,15 +81,16 @@ static void cut_long_tiles(i64 G, Group *groups, i64 tiles, i64 programs) {
 }
 
 /* The tables of what is computed whole, or in parts, one after the other in `found`, unless that is
- * NULL. lengths gets how many items, segments, tiles in parts and hands there are. */
-static void lay_out(i64 G, const Group *groups, i64 tiles, i64 block_k, int in_parts, i64 *lengths,
-                    i32 *found) {
+ * NULL. numbers gets how many items, segments, tiles in parts and hands there are, and the sizes of
+ * the tables, of which the last one is the queue and stays as it is. Returns the size of all. */
+static i64 lay_out(i64 G, const Group *groups, i64 tiles, i64 block_k, int in_parts, i64 *numbers,
+                   i32 *found) {
     i64 items = 0, segments = 0, cut_tiles = 0, hands = 0;
     i32 *of_items = found, *segment = NULL, *first_items = NULL, *starts = NULL;
     if (found) {
-        segment = of_items + padded(lengths[0]);
-        first_items = segment + padded(FIELDS * lengths[1]);
-        starts = first_items + padded(lengths[2]);
+        segment = of_items + numbers[4];
+        first_items = segment + numbers[5];
+        starts = first_items + numbers[6];
     }
     for (i64 g = 0; g < G; g++) {
         i64 num_tiles = in_parts ? groups[g].cut : tiles - groups[g].cut;
@@ -111,14 +113,18 @@ static void lay_out(i64 G, const Group *groups, i64 tiles, i64 block_k, int in_p
         if (in_parts) cut_tiles += num_tiles;
     }
     if (found) starts[hands] = items;
-    lengths[0] = items, lengths[1] = segments, lengths[2] = cut_tiles, lengths[3] = hands;
+    i64 all[NUMBERS] = {items, segments, cut_tiles, hands,
+                        padded(items), padded(FIELDS * segments), padded(cut_tiles),
+                        padded(hands + 1), padded(1)};
+    memcpy(numbers, all, sizeof all);
+    return all[4] + all[5] + all[6] + all[7] + all[8];
 }
 
 /* How the tiles of G groups are worked on by `programs` at a time, `tiles` of each group, block_k
- * rows a step: two lay_outs, of what is computed whole and in parts. lengths is [2 * 4].
+ * rows a step: two layouts, of what is computed whole and in parts. numbers is [2 * NUMBERS].
  *
  * Returns 0, or -1 where there is no memory. */
-int schedule(i64 G, const i64 *counts_G, i64 tiles, i64 block_k, i64 programs, i64 *lengths,
+int schedule(i64 G, const i64 *counts_G, i64 tiles, i64 block_k, i64 programs, i64 *numbers,
              i32 *found) {
     Group *groups = malloc((G ? G : 1) * sizeof *groups);
     if (!groups) return -1;
@@ -129,11 +135,9 @@ int schedule(i64 G, const i64 *counts_G, i64 tiles, i64 block_k, i64 programs, i
     qsort(groups, G, sizeof *groups, larger_first);
     cut_long_tiles(G, groups, tiles, programs);
     for (int in_parts = 0; in_parts < 2; in_parts++) {
-        i64 *of_this = lengths + 4 * in_parts;
-        lay_out(G, groups, tiles, block_k, in_parts, of_this, found);
-        if (found)
-            found += padded(of_this[0]) + padded(FIELDS * of_this[1]) + padded(of_this[2])
-                     + padded(of_this[3] + 1);
+        i64 *of_this = numbers + NUMBERS * in_parts;
+        i64 size = lay_out(G, groups, tiles, block_k, in_parts, of_this, found);
+        if (found) found += size;
     }
     free(groups);
     return 0;

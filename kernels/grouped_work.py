@@ -14,8 +14,7 @@ import torch
 from .compiled import compiled
 from .tables import remember, to_device
 
-_ALIGNED = 4
-"""Tables begin at multiples of it, 16 bytes: Triton compiles anew for another alignment."""
+_COUNTS, _TABLES = 4, 5  # of `Work`, in this order
 
 
 class Segment(NamedTuple):
@@ -33,7 +32,7 @@ class Segment(NamedTuple):
 
 class Work(NamedTuple):
     """Items in the order in which they are taken: program p takes p, p + programs, ..., or what it
-    is dealt. The tables are int32 on the device, and may be longer than what is in use."""
+    is dealt. The tables are int32 on the device, and a little longer than what is in use."""
 
     num_items: int
     num_segments: int
@@ -90,20 +89,18 @@ def schedule(
         programs: how many run at the same time.
         device: where the tables go, in a single copy.
     """
-    counts_G, lengths = np.array(counts, dtype=np.int64), np.empty((2, 4), dtype=np.int64)
-    arguments = len(counts), counts_G.ctypes.data, tiles, block_k, programs, lengths.ctypes.data
-    _run(library().schedule, *arguments, None)  # how long the tables are
-    lengths = lengths.tolist()
-    sizes = []
-    for items, segments, cut_tiles, hands in lengths:
-        sizes += [items, len(Segment._fields) * segments, cut_tiles, hands + 1]
-    sizes = [-(-size // _ALIGNED) * _ALIGNED for size in (*sizes, 1, 1)]
+    counts_G = np.array(counts, dtype=np.int64)
+    numbers = np.empty((2, _COUNTS + _TABLES), dtype=np.int64)
+    arguments = len(counts), counts_G.ctypes.data, tiles, block_k, programs, numbers.ctypes.data
+    _run(library().schedule, *arguments, None)  # how large the tables are
+    whole, cut = numbers.tolist()
+    sizes = whole[_COUNTS:] + cut[_COUNTS:]
     found = np.zeros(sum(sizes), dtype=np.int32)
     _run(library().schedule, *arguments, found.ctypes.data)
-    *tables, queue, other_queue = to_device(found, device).split(sizes)
+    tables = to_device(found, device).split(sizes)
     return [
-        Work(*lengths[0], *tables[:4], queue),
-        Work(*lengths[1], *tables[4:], other_queue),
+        Work(*whole[:_COUNTS], *tables[:_TABLES]),
+        Work(*cut[:_COUNTS], *tables[_TABLES:]),
     ]
 
 
