@@ -144,12 +144,12 @@ class _Probe:
     def _spill(self) -> float:
         """Seconds of a second set of experts that has hardly any rows, which is fetched and whose
         gradients return: mostly the host's, which starts all of it."""
-        calls = count(1)
+        calls, start = count(1), partial(self._transfer, self._weights[:1], 1)
 
         def second_set() -> None:
-            self._finish(self._transfer(self._weights[:1], 1))
+            self._finish(start())
             self._products(rows=_FEW * next(calls))  # other rows in every micro-batch
-            self._finish(self._transfer(self._weights[:1], 1))
+            self._finish(start())
 
         return self._seconds(second_set)
 

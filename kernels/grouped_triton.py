@@ -89,8 +89,8 @@ def gate_up(
     # Which matrix comes first in memory is the first of the pair.
     distance = w3_GFD.data_ptr() - w1_GFD.data_ptr()
     first, *targets = (w1_GFD, *results) if distance > 0 else (w3_GFD, *reversed(results))
-    triton.set_allocator(_scratch)
-    _gate_up_kernel[_grid(len(tiles) * triton.cdiv(F, columns), rows_ND.device)](
+    _launch(
+        *(_gate_up_kernel, len(tiles) * triton.cdiv(F, columns), rows_ND.device),
         *(rows_ND, first, *targets, tiles, len(tiles), len(counts), N, D, F),
         *(rows_ND.stride(0), abs(distance) // w1_GFD.element_size(), *w1_GFD.stride()[:2]),
         **_meta(tiling, BLOCK_N=columns),
@@ -139,8 +139,8 @@ def _product(rows, matrices, counts, transpose: bool, tiling: Tiling) -> torch.T
     if N == 0:
         return out
     tiles = row_tiles(counts, tiling.block_m, out.device)
-    triton.set_allocator(_scratch)
-    _product_kernel[_grid(len(tiles) * triton.cdiv(columns, tiling.block_n), out.device)](
+    _launch(
+        *(_product_kernel, len(tiles) * triton.cdiv(columns, tiling.block_n), out.device),
         *(rows[0], rows[-1], matrices[0], matrices[-1], out, tiles),
         *(len(tiles), len(counts), N, K, columns, rows[0].stride(0), *matrices[0].stride()[:2]),
         TRANSPOSE=transpose,
@@ -184,9 +184,8 @@ def wgrad(
 
     def launch(work: Work, target: torch.Tensor, in_parts: bool) -> None:
         hands = work.num_hands if beside else work.num_items
-        triton.set_allocator(_scratch)
-        _wgrad_kernel[_grid(hands, device)](
-            *(grad_NF, rows_ND, target),
+        _launch(
+            *(_wgrad_kernel, hands, device, grad_NF, rows_ND, target),
             *(work.segment_of_item, work.segments, work.starts, work.queue),
             *(work.num_items, hands, int(beside), F, D, grad_NF.stride(0), rows_ND.stride(0)),
             *(len(target), *target.stride()[:2]),
@@ -203,11 +202,15 @@ def wgrad(
     return out
 
 
-def _scratch(num_bytes: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Where programs keep the descriptors that they make.
+def _launch(kernel, items: int, device: torch.device, *args: object, **meta: object) -> None:
+    """Run as many programs as run at a time, or as there are items."""
+    # Each time: Triton keeps an allocator for each thread, and autograd has threads of its own.
+    triton.set_allocator(_scratch)
+    kernel[(min(items, _programs(device)),)](*args, **meta)
 
-    Set at each launch: Triton keeps an allocator for each thread, and autograd has its own.
-    """
+
+def _scratch(num_bytes: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Where programs keep the descriptors that they make."""
     return torch.empty(num_bytes, dtype=torch.int8, device="cuda")
 
 
@@ -222,7 +225,3 @@ def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _grid(items: int, device: torch.device) -> tuple[int]:
-    return (min(items, _programs(device)),)
